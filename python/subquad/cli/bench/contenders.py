@@ -1,0 +1,81 @@
+"""The contenders: subquad, torch's SDPA, and the probe of the machine's peak."""
+
+from collections.abc import Callable
+from typing import Any
+
+import subquad
+from subquad import _native
+from subquad.cli.bench.shapes import Shape
+from subquad.cli.bench.tensors import Inputs
+from subquad.cli.bench.timing import Contender, timed
+
+_PROBE_SECONDS = 0.02
+# The unit that a dtype's products run on: float16 is widened to float32.
+_PEAK_KINDS = {"float32": "f32", "float16": "f32", "float64": "f64", "bfloat16": "bf16"}
+
+
+def set_threads(count: int, *, use_torch: bool) -> None:
+    """Sets the thread count of subquad and, if it takes part, of torch."""
+    subquad.set_num_threads(count)
+    if use_torch:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def peak_kind(dtype: str) -> str:
+    """Returns the kind of peak that a dtype is held against: `"f32"`, `"f64"` or `"bf16"`.
+
+    bfloat16 is held against the float32 peak where the level has no bfloat16 dot product.
+    """
+    kind = _PEAK_KINDS[dtype]
+    if kind == "bf16":
+        try:
+            _native.probe_peak(kind, None, 0.001, 1)
+        except ValueError:
+            return "f32"
+    return kind
+
+
+def peak(kind: str, threads: int, *, use_torch: bool) -> Contender:
+    """Returns the probe of the machine's peak, in flops per second."""
+    return Contender(
+        f"peak/{threads}",
+        lambda: _native.probe_peak(kind, None, _PROBE_SECONDS, threads),
+        lambda: set_threads(threads, use_torch=use_torch),
+    )
+
+
+def ours_call(shape: Shape, inputs: Inputs) -> Callable[[], Any]:
+    """Returns a call of `subquad.attention` that allocates its output."""
+    q, k, v = inputs
+    return lambda: subquad.attention(q, k, v, causal=shape.causal)
+
+
+def _sdpa_call(function: Callable[..., Any], shape: Shape, inputs: Inputs) -> Callable[[], Any]:
+    q, k, v = (tensor.transpose(1, 2).contiguous() for tensor in inputs)
+    grouped = shape.heads != shape.kv_heads
+    return lambda: function(q, k, v, is_causal=shape.causal, enable_gqa=grouped)
+
+
+def ours_sdpa_call(shape: Shape, inputs: Inputs) -> Callable[[], Any]:
+    """Returns a call of `subquad.scaled_dot_product_attention` on the inputs that `torch_call` has."""
+    return _sdpa_call(subquad.scaled_dot_product_attention, shape, inputs)
+
+
+def torch_call(shape: Shape, inputs: Inputs) -> Callable[[], Any] | None:
+    """Returns a call of torch's SDPA on the same values, contiguous in torch's own order `[B, H, S, D]`.
+
+    Its result is in that order too. `None` for what torch cannot do without a mask: causal with unequal
+    lengths.
+    """
+    if shape.causal and shape.queries != shape.keys:
+        return None
+    from torch.nn import functional
+
+    return _sdpa_call(functional.scaled_dot_product_attention, shape, inputs)
+
+
+def attention(name: str, call: Callable[[], Any], threads: int, *, use_torch: bool) -> Contender:
+    """Returns a contender that times `call`, in seconds."""
+    return Contender(f"{name}/{threads}", timed(call), lambda: set_threads(threads, use_torch=use_torch))

@@ -1,0 +1,204 @@
+"""Benchmark of exact attention, prefill."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from subquad import _native
+from subquad.cli.bench import contenders, tensors, verify
+from subquad.cli.bench.outcome import Outcome, Settings
+from subquad.cli.bench.shapes import ExactShape, load, select
+from subquad.cli.bench.timing import interleave, paired_ratio
+from subquad.cli.machine import cpu_name
+from subquad.cli.progress import Progress
+from subquad.cli.table import Column
+
+Case = tuple[ExactShape, str]
+
+COLUMNS = (
+    Column("shape", text=True),
+    Column("dtype", text=True),
+    Column("threads"),
+    Column("ms"),
+    Column("GFLOP/s"),
+    Column("peak"),
+    Column("of peak"),
+    Column("floor"),
+    Column("vs torch"),
+    Column("error"),
+    Column("check", text=True),
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row: a shape and dtype at one thread count.
+
+    Attributes:
+        shape: The shape.
+        dtype: Its element type.
+        threads: The thread count.
+        seconds: Median of one call.
+        peak_flops: Median of the machine's peak, flops per second.
+        peak_kind: What that peak is of: `"f32"`, `"f64"` or `"bf16"`.
+        peak_share: Median of useful flops per second / peak, each pair from one round.
+        torch_ratio: Median of torch's seconds / ours, each pair from one round; `None` without torch.
+        floor: Least share that is asked for at this level and thread count, if any.
+        error: Largest absolute error of the rows that were checked.
+        failure: What is wrong with the result; empty if nothing.
+    """
+
+    shape: ExactShape
+    dtype: str
+    threads: int
+    seconds: float
+    peak_flops: float
+    peak_kind: str
+    peak_share: float
+    torch_ratio: float | None
+    floor: float | None
+    error: float
+    failure: str
+
+    @property
+    def useful_rate(self) -> float:
+        """Useful flops per second."""
+        return self.shape.useful_flops / self.seconds
+
+
+def plan(settings: Settings) -> list[Case]:
+    """Returns the shapes and dtypes that the settings select."""
+    return select(load("exact", ExactShape, settings.shapes), settings.pattern)
+
+
+def _floor(shape: ExactShape, dtype: str, threads: int, level: str) -> float | None:
+    # The floors are stated for two threads.
+    percent = shape.floor.get(level, {}).get(dtype) if threads == 2 else None
+    return None if percent is None else percent / 100
+
+
+def measure(shape: ExactShape, dtype: str, settings: Settings) -> tuple[list[Measurement], dict[int, float]]:
+    """Measures a shape in one dtype, all its thread counts in turn, and checks its result.
+
+    Args:
+        shape: The shape.
+        dtype: The element type.
+        settings: How to measure.
+
+    Returns:
+        A measurement for each thread count, and for each count after the first the paired speed-up over the
+        first.
+    """
+    inputs = tensors.make_inputs(shape, dtype, use_torch=settings.use_torch)
+    ours = contenders.ours_call(shape, inputs)
+    theirs = contenders.torch_call(shape, inputs) if settings.use_torch else None
+    kind, level = contenders.peak_kind(dtype), str(_native.config()["level"])
+    counts = shape.threads or (settings.threads,)
+    field, checks = [], {}
+    for count in counts:
+        contenders.set_threads(count, use_torch=settings.use_torch)
+        checks[count] = verify.check(shape, dtype, inputs, ours(), None if theirs is None else theirs())
+        field.append(contenders.peak(kind, count, use_torch=settings.use_torch))
+        field.append(contenders.attention("subquad", ours, count, use_torch=settings.use_torch))
+        if theirs is not None:
+            field.append(contenders.attention("torch", theirs, count, use_torch=settings.use_torch))
+    samples = interleave(field, repeat=settings.repeat, time_budget=settings.time_budget)
+    measurements = []
+    for count in counts:
+        seconds, peaks = samples[f"subquad/{count}"], samples[f"peak/{count}"]
+        rates = [shape.useful_flops / each for each in seconds]
+        measurements.append(
+            Measurement(
+                shape=shape,
+                dtype=dtype,
+                threads=count,
+                seconds=median(seconds),
+                peak_flops=median(peaks),
+                peak_kind=kind,
+                peak_share=paired_ratio(rates, peaks),
+                torch_ratio=None if theirs is None else paired_ratio(samples[f"torch/{count}"], seconds),
+                floor=_floor(shape, dtype, count, level),
+                error=checks[count].error,
+                failure=checks[count].failure,
+            )
+        )
+    base = samples[f"subquad/{counts[0]}"]
+    return measurements, {count: paired_ratio(base, samples[f"subquad/{count}"]) for count in counts[1:]}
+
+
+def _row(one: Measurement) -> Sequence[str]:
+    share = f"{one.peak_share:.1%}"
+    if one.floor is not None:
+        share += " " if one.peak_share >= one.floor else "!"
+    return (
+        one.shape.name,
+        one.dtype,
+        str(one.threads),
+        f"{one.seconds * 1e3:.3f}",
+        f"{one.useful_rate / 1e9:.0f}",
+        f"{one.peak_flops / 1e9:.0f} {one.peak_kind}",
+        share,
+        "-" if one.floor is None else f"{one.floor:.0%}",
+        "-" if one.torch_ratio is None else f"{one.torch_ratio:.2f}x",
+        f"{one.error:.1e}",
+        "WRONG" if one.failure else "ok",
+    )
+
+
+def _record(one: Measurement) -> Mapping[str, str | float | int | None]:
+    return {
+        "shape": one.shape.name,
+        "dtype": one.dtype,
+        "threads": one.threads,
+        "seconds": one.seconds,
+        "useful_flops": one.shape.useful_flops,
+        "peak_flops": one.peak_flops,
+        "peak_kind": one.peak_kind,
+        "peak_share": one.peak_share,
+        "torch_ratio": one.torch_ratio,
+        "floor": one.floor,
+        "error": one.error,
+        "check": one.failure or "ok",
+    }
+
+
+def _is_possible(dtype: str, settings: Settings) -> bool:
+    return settings.use_torch or tensors.numpy_dtype(dtype) is not None
+
+
+def run(cases: Sequence[Case], settings: Settings, progress: Progress) -> Outcome:
+    """Measures the cases.
+
+    Args:
+        cases: Shapes and dtypes.
+        settings: How to measure.
+        progress: Told of each.
+
+    Returns:
+        The table, a line for each comparison of thread counts, and the wrong results.
+    """
+    title = f"Exact attention, useful GFLOP/s; level {_native.config()['level']}, {cpu_name()}"
+    outcome = Outcome("exact", title, COLUMNS)
+    possible = [case for case in cases if _is_possible(case[1], settings)]
+    if len(possible) < len(cases):
+        outcome.notes.append(
+            'bfloat16 was left out: NumPy has it only with ml_dtypes, torch is in "subquad[bench]"'
+        )
+    with progress.stage("exact", total=len(possible)) as stage:
+        for shape, dtype in possible:
+            measurements, speedups = measure(shape, dtype, settings)
+            for one in measurements:
+                outcome.rows.append(_row(one))
+                outcome.records.append(_record(one))
+                if one.failure:
+                    outcome.failures.append(f"{shape.name}/{dtype}, {one.threads} threads: {one.failure}")
+            for count, ratio in speedups.items():
+                base = measurements[0].threads
+                outcome.notes.append(f"{shape.name}/{dtype}: {ratio:.2f}x from {base} to {count} threads")
+            shares = ", ".join(f"{one.peak_share:.1%} of peak" for one in measurements)
+            stage.advance(f"{shape.name}/{dtype}: {shares}")
+    if any(one["floor"] is not None for one in outcome.records):
+        outcome.notes.append(
+            "floor: the least share of the peak that is accepted with two threads; ! is below it"
+        )
+    return outcome

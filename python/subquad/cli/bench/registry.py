@@ -1,0 +1,24 @@
+"""The benchmarks that `subquad bench` knows: one row and one module each.
+
+A module provides `plan(settings) -> list[(shape, dtype)]` and `run(cases, settings, progress) -> Outcome`.
+"""
+
+from typing import NamedTuple
+
+
+class Bench(NamedTuple):
+    """A benchmark: its name, what it measures in a few words, and its module."""
+
+    name: str
+    summary: str
+    module: str
+
+
+_ROWS = (
+    Bench(
+        "exact", "prefill of exact attention, share of the peak and ratio to torch", "subquad.cli.bench.exact"
+    ),
+    Bench("latency", "overhead of the smallest call", "subquad.cli.bench.latency"),
+    Bench("memory", "memory beyond inputs and outputs of a long call", "subquad.cli.bench.memory"),
+)
+BENCHES = {row.name: row for row in _ROWS}

@@ -1,0 +1,85 @@
+"""Inputs of the benchmarks, as torch tensors or NumPy arrays, and conversion to float64 for checking."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from subquad.cli.bench.shapes import Shape
+
+_SEED = 20_240_501
+
+
+class Inputs(NamedTuple):
+    """The arrays of one call, contiguous.
+
+    Attributes:
+        q: `[B, Sq, H, D]`.
+        k: `[B, Sk, Hkv, D]`.
+        v: `[B, Sk, Hkv, Dv]`.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+
+
+def numpy_dtype(name: str) -> np.dtype[Any] | None:
+    """Returns NumPy's dtype of that name; `None` for bfloat16 where ml_dtypes is not installed."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    if find_spec("ml_dtypes") is None:
+        return None
+    import ml_dtypes
+
+    bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return bfloat16
+
+
+def make_inputs(shape: Shape, dtype: str, *, use_torch: bool) -> Inputs:
+    """Returns standard normal inputs, the same in every run and for both kinds, rounded to `dtype`.
+
+    Args:
+        shape: Their sizes.
+        dtype: Their element type.
+        use_torch: Whether they are torch tensors rather than NumPy arrays.
+
+    Raises:
+        ValueError: NumPy has no such dtype here.
+    """
+    generator = np.random.default_rng(_SEED)
+    sizes = (
+        (shape.batch, shape.queries, shape.heads, shape.head_dim),
+        (shape.batch, shape.keys, shape.kv_heads, shape.head_dim),
+        (shape.batch, shape.keys, shape.kv_heads, shape.head_dim_v),
+    )
+    kind = np.float64 if dtype == "float64" else np.float32
+    arrays = (generator.standard_normal(size, dtype=kind) for size in sizes)
+    convert: Callable[[npt.NDArray[Any]], Any]
+    if use_torch:
+        import torch
+
+        target = getattr(torch, dtype)
+
+        def convert(array: npt.NDArray[Any]) -> Any:
+            return torch.from_numpy(array).to(target)
+
+    else:
+        rounded = numpy_dtype(dtype)
+        if rounded is None:
+            raise ValueError("bfloat16 in NumPy needs ml_dtypes")
+
+        def convert(array: npt.NDArray[Any]) -> Any:
+            return array.astype(rounded, copy=False)
+
+    return Inputs(*map(convert, arrays))
+
+
+def to_float64(array: Any) -> npt.NDArray[np.float64]:
+    """Returns a copy of a tensor or array as a NumPy array of float64."""
+    if isinstance(array, np.ndarray):
+        return array.astype(np.float64)
+    result: npt.NDArray[np.float64] = array.double().numpy()
+    return result

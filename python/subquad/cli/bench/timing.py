@@ -1,0 +1,91 @@
+"""Fair timing: contenders take turns in one process, and ratios are taken within each turn.
+
+A processor's clock moves over seconds, so two numbers are compared only if they were measured side by side.
+Each round measures every contender once; a ratio is the median over the rounds of the ratio within the round.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+# A sample shorter than this would be at the mercy of the clock and of single interrupts.
+_SAMPLE_SECONDS = 0.01
+_WARM_SECONDS = 0.005
+# torch's OpenMP threads go on spinning for some milliseconds after a call and would take a core from the next
+# contender.
+_SETTLE_SECONDS = 0.02
+_MIN_ROUNDS = 3
+
+
+@dataclass
+class Contender:
+    """Something that is measured in turn with others.
+
+    Attributes:
+        name: What it is called.
+        measure: Takes one sample: seconds for one call, or the rate of a probe.
+        prepare: Called before each sample, not timed.
+    """
+
+    name: str
+    measure: Callable[[], float]
+    prepare: Callable[[], object] = field(default=lambda: None)
+
+
+def timed(call: Callable[[], object]) -> Callable[[], float]:
+    """Returns a function that takes one sample of `call`: its mean seconds.
+
+    A sample is as many calls as fill 10 ms, found on the first, after a warm-up of 5 ms. Calls so long that a
+    sample is one of them are warmed up only once.
+    """
+    count = 0
+
+    def run(times: int) -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            call()
+        return (time.perf_counter() - start) / times
+
+    def sample() -> float:
+        nonlocal count
+        if count == 0:
+            run(1)
+            count = max(1, round(_SAMPLE_SECONDS / max(run(1), 1e-9)))
+            # The first guess of a tiny call counts the cost of starting; a longer one gives the real cost.
+            count = max(1, round(_SAMPLE_SECONDS / max(run(min(count, 100)), 1e-9)))
+        if count > 1:
+            until = time.perf_counter() + _WARM_SECONDS
+            while time.perf_counter() < until:
+                call()
+        return run(count)
+
+    return sample
+
+
+def interleave(contenders: Sequence[Contender], *, repeat: int, time_budget: float) -> dict[str, list[float]]:
+    """Measures contenders in turn.
+
+    Args:
+        contenders: With distinct names.
+        repeat: Rounds at most.
+        time_budget: Seconds after which no further round is started, once there are three.
+
+    Returns:
+        For each name its samples, one for each round.
+    """
+    samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    begin = time.perf_counter()
+    for index in range(repeat):
+        if index >= _MIN_ROUNDS and time.perf_counter() - begin > time_budget:
+            break
+        for contender in contenders:
+            contender.prepare()
+            time.sleep(_SETTLE_SECONDS)
+            samples[contender.name].append(contender.measure())
+    return samples
+
+
+def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    """Returns the median over rounds of the ratio within the round."""
+    return median(over / under for over, under in zip(numerator, denominator, strict=True))

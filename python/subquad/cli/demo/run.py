@@ -1,0 +1,100 @@
+"""One measured run of the model: prefill, then greedy decoding, with one way of computing attention."""
+
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from subquad.cli.peak_memory import peak_memory
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run measured and produced.
+
+    Attributes:
+        prefill_seconds: The forward pass over the prompt, to the choice of the first new token.
+        decode_seconds: Mean of one later token; `None` if only one token was generated.
+        peak_bytes: Peak memory above the loaded model over both; `None` if the system does not tell.
+        tokens: The generated token ids.
+        margins: For each of them, how far its logit was ahead of the second best.
+        hidden: Last hidden states of the prompt, `[S, hidden_size]`, before the output projection.
+        implementation: The name under which transformers knows the attention that ran.
+    """
+
+    prefill_seconds: float
+    decode_seconds: float | None
+    peak_bytes: int | None
+    tokens: tuple[int, ...]
+    margins: tuple[float, ...]
+    hidden: "torch.Tensor"
+    implementation: str
+
+
+@contextmanager
+def _capture_hidden(model: Any) -> Generator[list["torch.Tensor"]]:
+    # The model computes the hidden states of the whole prompt anyway; keeping a reference makes them
+    # available for perplexity without `[S, vocabulary]` logits (800 MB at 4,096 tokens) and without a second
+    # prefill.
+    captured: list[torch.Tensor] = []
+
+    def keep(_module: Any, _arguments: Any, output: Any) -> None:
+        captured.append(output[0])
+
+    handle = model.base_model.register_forward_hook(keep)
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+def _choose(logits: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
+    best = logits[:, -1].topk(2)
+    return best.indices[:, :1], best.values[0, 0] - best.values[0, 1]
+
+
+def run_once(model: Any, prompt: "torch.Tensor", new_tokens: int) -> Run:
+    """Prefills the prompt and generates greedily; the end-of-sequence token does not stop it.
+
+    Args:
+        model: A causal language model of transformers, as it is to be measured.
+        prompt: Token ids, `[1, S]`.
+        new_tokens: How many tokens to generate, at least 1.
+
+    Returns:
+        The measurements and the results.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    with torch.no_grad(), peak_memory() as peak:
+        cache = DynamicCache(config=model.config)
+        with _capture_hidden(model) as captured:
+            start = time.perf_counter()
+            output = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            token, margin = _choose(output.logits)
+            first = token.item()
+            prefilled = time.perf_counter()
+        tokens, margins = [token], [margin]
+        for _ in range(new_tokens - 1):
+            output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            token, margin = _choose(output.logits)
+            tokens.append(token)
+            margins.append(margin)
+        ids = [int(first), *(int(token.item()) for token in tokens[1:])]
+        end = time.perf_counter()
+        hidden = captured[0][0]
+        del cache, output, captured
+    return Run(
+        prefill_seconds=prefilled - start,
+        decode_seconds=(end - prefilled) / (new_tokens - 1) if new_tokens > 1 else None,
+        peak_bytes=peak.bytes,
+        tokens=tuple(ids),
+        margins=tuple(float(value) for value in margins),
+        hidden=hidden,
+        implementation=str(getattr(model.config, "_attn_implementation", "")),
+    )

@@ -1,0 +1,1 @@
+"""Operators, on PyTorch tensors, NumPy arrays and other DLPack arrays alike."""

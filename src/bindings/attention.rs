@@ -1,0 +1,212 @@
+//! `attention`: `[B, S, H, D]`, and the call into the kernels that all exact entries share.
+
+use super::array::{Array, Layout};
+use super::broadcast;
+use super::dlpack::Memory;
+use super::{enter, result, runtime};
+use crate::dtype::{DType, Element};
+use crate::error::Error;
+use crate::kernels::exact::{ExactArgs, ExactOut, prefill};
+use crate::kernels::mask::Mask;
+use crate::parallel::{RowWriter, rows_are_disjoint};
+use crate::simd::SimdElement;
+use crate::tensor::{AttnShape, Tensor, shape_text};
+use half::{bf16, f16};
+use pyo3::prelude::*;
+
+/// Runs a generic function for the type of a dtype.
+macro_rules! dispatch_dtype {
+    ($dtype:expr, $function:ident, $($argument:expr),*) => {
+        match $dtype {
+            DType::F32 => $function::<f32>($($argument),*),
+            DType::F64 => $function::<f64>($($argument),*),
+            DType::F16 => $function::<f16>($($argument),*),
+            DType::BF16 => $function::<bf16>($($argument),*),
+        }
+    };
+}
+pub(super) use dispatch_dtype;
+
+/// A `[B, S, H, D]` view of an argument: which of its axes are which.
+#[derive(Clone, Copy)]
+pub struct View<'a> {
+    /// Name of the argument.
+    pub arg: &'static str,
+    /// Its elements.
+    pub memory: &'a Memory,
+    /// Elements to skip.
+    pub offset: usize,
+    /// Extents.
+    pub shape: [usize; 4],
+    /// Strides along batch, sequence and head.
+    pub strides: [usize; 3],
+}
+
+impl<'a> View<'a> {
+    /// The axes in their own order.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when there are not four.
+    pub fn in_order(array: &'a Array<'_>, names: &str) -> Result<Self, Error> {
+        let shape: [usize; 4] = array.shape().try_into().map_err(|_| Error::Shape {
+            arg: array.arg,
+            expected: format!("of rank 4, {names}"),
+            got: shape_text(array.shape()),
+        })?;
+        let [b, s, h, _] = array.memory.strides[..] else { unreachable!("as many strides as extents") };
+        Ok(Self { arg: array.arg, memory: &array.memory, offset: 0, shape, strides: [b, s, h] })
+    }
+
+    fn tensor<T: Element>(&self) -> Result<Tensor<'a, T>, Error> {
+        let data = self.memory.slice(self.arg)?;
+        Tensor::new(self.arg, &data[self.offset.min(data.len())..], self.shape, self.strides)
+    }
+}
+
+/// One exact attention call on four-dimensional views.
+pub struct Call<'a> {
+    /// The sizes, checked.
+    pub shape: AttnShape,
+    /// Queries.
+    pub q: View<'a>,
+    /// Keys.
+    pub k: View<'a>,
+    /// Values.
+    pub v: View<'a>,
+    /// The additive or boolean mask with the shape it broadcasts to and the place along its leading axes.
+    pub bias: (Option<&'a Array<'a>>, &'a [usize], &'a [usize]),
+    /// Which keys are seen, by position.
+    pub mask: Mask,
+    /// Factor of the scores; `None` for `1 / sqrt(head_dim)`.
+    pub scale: Option<f64>,
+    /// `[B, Sq, H, Dv]`.
+    pub out: View<'a>,
+    /// `[B, Sq, H, 1]`.
+    pub lse: Option<View<'a>>,
+}
+
+/// Checks what needs the element type, and computes.
+///
+/// # Errors
+/// Those of the views and of the mask.
+pub fn run<T: SimdElement>(py: Python<'_>, call: &Call<'_>) -> PyResult<()> {
+    let args = ExactArgs::<T> {
+        shape: call.shape,
+        q: call.q.tensor()?,
+        k: call.k.tensor()?,
+        v: call.v.tensor()?,
+        scale: call.scale.unwrap_or(1.0 / (call.shape.head_dim as f64).sqrt()),
+        mask: call.mask,
+        bias: broadcast::bias(call.bias.0, call.bias.1, call.bias.2)?,
+    };
+    let out = ExactOut {
+        out: writer(&call.out)?,
+        lse: call.lse.as_ref().map(writer).transpose()?,
+    };
+    let (level, threads, blocking) = (runtime::level()?, runtime::threads(py)?, runtime::blocking()?);
+    enter::enter(py, || prefill::forward(&args, &out, level, threads, blocking))
+}
+
+fn writer<'a, T: bytemuck::Pod>(view: &View<'a>) -> Result<RowWriter<'a, T>, Error> {
+    let data = view.memory.slice_mut(view.arg)?;
+    let offset = view.offset.min(data.len());
+    Ok(RowWriter::new(&mut data[offset..], view.shape, view.strides))
+}
+
+/// Checks a caller's output array.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::DType`], [`Error::Kind`], [`Error::NotWritable`] or [`Error::Overlap`].
+fn check_out(out: &Array<'_>, shape: &[usize; 4], q: &Array<'_>, inputs: &[&Array<'_>]) -> Result<(), Error> {
+    if out.shape() != shape {
+        let expected = shape_text(shape);
+        return Err(Error::Shape { arg: out.arg, expected, got: shape_text(out.shape()) });
+    }
+    q.check_same(out)?;
+    if out.read_only {
+        return Err(Error::NotWritable { arg: out.arg, got: "a read-only one".into() });
+    }
+    let strides = &out.memory.strides;
+    if !rows_are_disjoint(*shape, [strides[0], strides[1], strides[2]]) {
+        let got = format!("strides {strides:?}, under which elements share memory");
+        return Err(Error::NotWritable { arg: out.arg, got });
+    }
+    for input in inputs {
+        let [ours, theirs] = [out, *input].map(|array| array.memory.bytes(array.arg, array.itemsize()));
+        let (ours, theirs) = (ours?, theirs?);
+        if !ours.is_empty() && !theirs.is_empty() && ours.start < theirs.end && theirs.start < ours.end {
+            return Err(Error::Overlap { arg: out.arg, other: input.arg });
+        }
+    }
+    Ok(())
+}
+
+/// `softmax(scale * q k^T + bias) v`; documented in `subquad.ops.exact`.
+#[pyfunction]
+#[pyo3(signature = (q, k, v, *, causal=false, scale=None, bias=None, return_lse=false, out=None))]
+#[expect(clippy::too_many_arguments, reason = "the Python signature")]
+pub fn attention<'py>(
+    q: &Bound<'py, PyAny>,
+    k: &Bound<'py, PyAny>,
+    v: &Bound<'py, PyAny>,
+    causal: bool,
+    scale: Option<f64>,
+    bias: Option<&Bound<'py, PyAny>>,
+    return_lse: bool,
+    out: Option<&Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let py = q.py();
+    let q = Array::import("q", q, Layout::Rows)?;
+    let k = Array::import("k", k, Layout::Rows)?;
+    let v = Array::import("v", v, Layout::Rows)?;
+    let bias = bias.map(|bias| Array::import("bias", bias, Layout::Any)).transpose()?;
+    let dtype = q.float()?;
+    q.check_same(&k)?;
+    q.check_same(&v)?;
+    let views = [
+        View::in_order(&q, "[B, Sq, H, D]")?,
+        View::in_order(&k, "[B, Sk, Hkv, D]")?,
+        View::in_order(&v, "[B, Sk, Hkv, Dv]")?,
+    ];
+    let shape = AttnShape::new(["q", "k", "v"], views[0].shape, views[1].shape, views[2].shape)?;
+    let AttnShape { batch, seqlen_q, seqlen_k, num_heads, head_dim_v, .. } = shape;
+    let out_shape = [batch, seqlen_q, num_heads, head_dim_v];
+    let lse_shape = [batch, num_heads, seqlen_q];
+    let given = out.map(|out| Array::import("out", out, Layout::InPlace)).transpose()?;
+    if let Some(out) = &given {
+        let mut inputs = vec![&q, &k, &v];
+        inputs.extend(&bias);
+        check_out(out, &out_shape, &q, &inputs)?;
+    }
+    let scores = [batch, num_heads, seqlen_q, seqlen_k];
+    if let Some(bias) = &bias {
+        broadcast::check_bias(bias, &scores, dtype)?;
+    }
+    let fresh = given.is_none();
+    let out = given.map_or_else(|| result::empty("out", &q, &out_shape, dtype), Ok)?;
+    let lse_dtype = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    let lse = return_lse.then(|| result::empty("lse", &q, &lse_shape, lse_dtype)).transpose()?;
+    let call = Call {
+        shape,
+        q: views[0],
+        k: views[1],
+        v: views[2],
+        bias: (bias.as_ref(), &scores, &[]),
+        mask: if causal { Mask::causal_bottom_right(seqlen_q, seqlen_k) } else { Mask::None },
+        scale,
+        out: View::in_order(&out, "[B, Sq, H, Dv]")?,
+        lse: lse.as_ref().map(|lse| View {
+            arg: "lse",
+            memory: &lse.memory,
+            offset: 0,
+            shape: [batch, seqlen_q, num_heads, 1],
+            strides: [num_heads * seqlen_q, 1, seqlen_q],
+        }),
+    };
+    dispatch_dtype!(dtype, run, py, &call)?;
+    let out = if fresh { result::deliver(&q, out)? } else { out.object };
+    match lse {
+        None => Ok(out),
+        Some(lse) => Ok((out, result::deliver(&q, lse)?).into_pyobject(py)?.into_any()),
+    }
+}

@@ -1,0 +1,27 @@
+//! Python. The only home of `pyo3`: arguments become checked views, errors become exceptions, no arithmetic.
+
+mod array;
+mod attention;
+mod broadcast;
+mod dlpack;
+mod enter;
+mod errors;
+mod result;
+mod runtime;
+mod sdpa;
+
+use pyo3::prelude::*;
+
+/// What Python can call.
+#[pymodule(name = "_native", gil_used = false)]
+fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_function(wrap_pyfunction!(attention::attention, module)?)?;
+    module.add_function(wrap_pyfunction!(sdpa::scaled_dot_product_attention, module)?)?;
+    module.add_function(wrap_pyfunction!(runtime::set_num_threads, module)?)?;
+    module.add_function(wrap_pyfunction!(runtime::get_num_threads, module)?)?;
+    module.add_function(wrap_pyfunction!(runtime::config, module)?)?;
+    module.add_function(wrap_pyfunction!(runtime::probe_peak, module)?)?;
+    module.add_function(wrap_pyfunction!(runtime::probe_read_bandwidth, module)?)?;
+    Ok(())
+}

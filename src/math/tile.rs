@@ -1,0 +1,356 @@
+//! The two products of attention on one panel of queries and one block of keys.
+//!
+//! Both are computed transposed, with queries in the lanes: `S^T = K Q^T` and `O^T += V^T P^T`. The score matrix that the first
+//! writes is then the operand that the second reads, softmax needs no work across lanes, and only queries and outputs are ever
+//! transposed, once each. Keys and values enter as broadcasts, so that they are packed by copying rows.
+//!
+//! Layouts, in operands (see [`crate::simd::VectorKernel`]); `W` is [`TileKernel::PANEL`]:
+//!
+//! | buffer | shape |
+//! | --- | --- |
+//! | queries | `[head_dim / DEPTH, W]` |
+//! | keys | `[block_k, key_stride]` |
+//! | values | `[block_k / DEPTH, value_stride]` |
+//! | scores, then probabilities | `[block_k, W]`, then `[block_k / DEPTH, W]` |
+//! | accumulator | `[head_dim_v, W]` |
+
+use crate::dtype::Float;
+use crate::simd::{Isa, SimdElement, Vector, VectorKernel, tile};
+use crate::tensor::Tensor;
+use crate::workspace::padded;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// Consecutive rows of one head.
+#[derive(Debug, Clone, Copy)]
+pub struct HeadRows<'a, T> {
+    /// The keys or values.
+    pub tensor: Tensor<'a, T>,
+    /// Sequence.
+    pub batch: usize,
+    /// Key/value head.
+    pub head: usize,
+    /// First token.
+    pub first: usize,
+    /// Number of tokens.
+    pub count: usize,
+}
+
+impl<'a, T> HeadRows<'a, T> {
+    /// Row `i < count`.
+    #[inline(always)]
+    pub fn get(&self, i: usize) -> &'a [T] {
+        self.tensor.row(self.batch, self.first + i, self.head)
+    }
+}
+
+/// The seam between attention and the units that multiply: vectors today, matrix tiles beside them.
+///
+/// An implementation owns the packed layouts of its operands. `vectors` names the vectors of a panel that take part: under a
+/// causal mask the first ones see fewer keys than the last.
+pub trait TileKernel<T: SimdElement>: 'static {
+    /// Vectors of queries in a panel.
+    const VECTORS: usize;
+    /// Queries in a panel.
+    const PANEL: usize;
+    /// Keys are scored in multiples of this; rows beyond the last key are scratch.
+    const KEY_STEP: usize;
+    /// A multiple of this many keys makes whole operands.
+    const DEPTH: usize;
+
+    /// Elements of a packed panel of queries.
+    fn queries_len(head_dim: usize) -> usize;
+    /// Elements of a packed block of keys.
+    fn keys_len(block_k: usize, head_dim: usize) -> usize;
+    /// Elements of a packed block of values.
+    fn values_len(block_k: usize, head_dim_v: usize) -> usize;
+    /// Rows of an accumulator, each of [`TileKernel::PANEL`] elements.
+    fn acc_rows(head_dim_v: usize) -> usize;
+
+    /// Packs up to `PANEL` query rows; missing ones count as zeros.
+    fn pack_queries(rows: &[&[T]], head_dim: usize, packed: &mut [T::Acc]);
+    /// Packs a block of keys.
+    fn pack_keys(rows: &HeadRows<'_, T>, head_dim: usize, packed: &mut [T::Acc]);
+    /// Packs a block of values; returns whether all are finite.
+    fn pack_values(rows: &HeadRows<'_, T>, head_dim_v: usize, packed: &mut [T::Acc]) -> bool;
+    /// Scores of `keys` of the block, whose start is a multiple of `KEY_STEP`; raises `peaks[v]` to their maximum, vector by vector.
+    fn scores(
+        packed: (&[T::Acc], &[T::Acc]),
+        head_dim: usize,
+        vectors: Range<usize>,
+        keys: Range<usize>,
+        scores: &mut [T::Acc],
+        peaks: &mut [T::Acc],
+    );
+    /// Shrinks the accumulator by `alpha`, where given, and adds the products of `keys` of the block, whose start is a multiple
+    /// of `DEPTH`.
+    fn accumulate(
+        operands: (&[T::Acc], &[T::Acc]),
+        head_dim_v: usize,
+        vectors: Range<usize>,
+        keys: Range<usize>,
+        alpha: Option<&[T::Acc]>,
+        acc: &mut [T::Acc],
+    );
+}
+
+/// Register tiles of vectors.
+pub struct VectorTiles<I>(PhantomData<I>);
+
+/// Three vectors of queries by eight keys fill 32 registers with 24 accumulators, three columns and a broadcast; by four, 16
+/// registers with 12.
+const VECTORS: usize = 3;
+const LONG: usize = 8;
+const SHORT: usize = 4;
+
+impl<I: Isa> VectorTiles<I> {
+    const STEP: usize = if I::REGISTERS >= 32 { LONG } else { SHORT };
+
+    /// Elements of a packed row of `dim` operands: whole vectors, and one cache line more so that rows do not share cache sets.
+    #[inline(always)]
+    fn stride<T: SimdElement>(dim: usize) -> usize {
+        padded::<T::Acc>(dim) + padded::<T::Acc>(1)
+    }
+}
+
+impl<T: SimdElement, I: Isa> TileKernel<T> for VectorTiles<I> {
+    const VECTORS: usize = VECTORS;
+    const PANEL: usize = VECTORS * T::V::<I>::LANES;
+    const KEY_STEP: usize = Self::STEP;
+    const DEPTH: usize = T::Kernel::<I>::DEPTH;
+
+    fn queries_len(head_dim: usize) -> usize {
+        padded::<T::Acc>(head_dim.div_ceil(T::Kernel::<I>::DEPTH) * <Self as TileKernel<T>>::PANEL)
+    }
+    fn keys_len(block_k: usize, head_dim: usize) -> usize {
+        block_k.next_multiple_of(Self::STEP) * Self::stride::<T>(head_dim.div_ceil(T::Kernel::<I>::DEPTH))
+    }
+    fn values_len(block_k: usize, head_dim_v: usize) -> usize {
+        block_k.div_ceil(T::Kernel::<I>::DEPTH) * Self::stride::<T>(head_dim_v)
+    }
+    fn acc_rows(head_dim_v: usize) -> usize {
+        padded::<T::Acc>(head_dim_v)
+    }
+
+    #[inline(always)]
+    fn pack_queries(rows: &[&[T]], head_dim: usize, packed: &mut [T::Acc]) {
+        let lanes = T::V::<I>::LANES;
+        let panel = <Self as TileKernel<T>>::PANEL;
+        let depth = T::Kernel::<I>::DEPTH;
+        let operands = head_dim.div_ceil(depth);
+        for v in 0..VECTORS {
+            for d in (0..operands).step_by(lanes) {
+                let mut block = T::V::<I>::zero_block();
+                for (i, column) in block.as_mut().iter_mut().enumerate() {
+                    if let Some(row) = rows.get(v * lanes + i) {
+                        *column = load_row::<T, I>(&row[d * depth..]);
+                    }
+                }
+                let block = T::V::<I>::transpose(block);
+                for (i, &column) in block.as_ref().iter().take(operands - d).enumerate() {
+                    column.store(&mut packed[(d + i) * panel + v * lanes..]);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn pack_keys(rows: &HeadRows<'_, T>, head_dim: usize, packed: &mut [T::Acc]) {
+        let lanes = T::V::<I>::LANES;
+        let depth = T::Kernel::<I>::DEPTH;
+        let operands = head_dim.div_ceil(depth);
+        let stride = Self::stride::<T>(operands);
+        for (j, packed) in packed.chunks_exact_mut(stride).take(rows.count).enumerate() {
+            let row = rows.get(j);
+            for d in (0..operands).step_by(lanes) {
+                load_row::<T, I>(&row[d * depth..]).store(&mut packed[d..]);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn pack_values(rows: &HeadRows<'_, T>, head_dim_v: usize, packed: &mut [T::Acc]) -> bool {
+        let lanes = T::V::<I>::LANES;
+        let depth = T::Kernel::<I>::DEPTH;
+        let stride = Self::stride::<T>(head_dim_v);
+        let zero = T::V::<I>::splat(T::Acc::ZERO);
+        // x - x is 0 for finite x and NaN otherwise.
+        let mut residue = zero;
+        for (j, packed) in packed.chunks_exact_mut(stride).take(rows.count.div_ceil(depth)).enumerate() {
+            let first = rows.get(j * depth);
+            let second = if depth == 2 && j * depth + 1 < rows.count { rows.get(j * depth + 1) } else { &[] };
+            for d in (0..head_dim_v).step_by(lanes) {
+                let tail = &second[d.min(second.len())..];
+                let operands = load_rows::<T, I>([&first[d..], tail]);
+                operands.store(&mut packed[d..]);
+                if depth == 1 {
+                    residue = residue.add(operands.sub(operands));
+                } else {
+                    for row in [&first[d..], tail] {
+                        let x = load_padded::<T, I>(row);
+                        residue = residue.add(x.sub(x));
+                    }
+                }
+            }
+        }
+        let mut lanes_of_residue = [T::Acc::ZERO; MAX_LANES];
+        residue.store(&mut lanes_of_residue);
+        lanes_of_residue[..lanes].iter().all(|&x| x == T::Acc::ZERO)
+    }
+
+    #[inline(always)]
+    fn scores(
+        (queries, packed_keys): (&[T::Acc], &[T::Acc]),
+        head_dim: usize,
+        vectors: Range<usize>,
+        keys: Range<usize>,
+        scores: &mut [T::Acc],
+        peaks: &mut [T::Acc],
+    ) {
+        let depth = head_dim.div_ceil(T::Kernel::<I>::DEPTH);
+        let skip = vectors.start * T::V::<I>::LANES;
+        let (queries, scores, peaks) = (&queries[skip..], &mut scores[skip..], &mut peaks[skip..]);
+        match (Self::STEP, vectors.len()) {
+            (LONG, 3) => score_tiles::<T, I, LONG, 3>(queries, packed_keys, depth, keys, scores, peaks),
+            (LONG, 2) => score_tiles::<T, I, LONG, 2>(queries, packed_keys, depth, keys, scores, peaks),
+            (LONG, 1) => score_tiles::<T, I, LONG, 1>(queries, packed_keys, depth, keys, scores, peaks),
+            (SHORT, 3) => score_tiles::<T, I, SHORT, 3>(queries, packed_keys, depth, keys, scores, peaks),
+            (SHORT, 2) => score_tiles::<T, I, SHORT, 2>(queries, packed_keys, depth, keys, scores, peaks),
+            (SHORT, 1) => score_tiles::<T, I, SHORT, 1>(queries, packed_keys, depth, keys, scores, peaks),
+            (step, count) => unreachable!("{count} vectors by {step} keys"),
+        }
+    }
+
+    #[inline(always)]
+    fn accumulate(
+        (probs, packed_values): (&[T::Acc], &[T::Acc]),
+        head_dim_v: usize,
+        vectors: Range<usize>,
+        keys: Range<usize>,
+        alpha: Option<&[T::Acc]>,
+        acc: &mut [T::Acc],
+    ) {
+        let depth = T::Kernel::<I>::DEPTH;
+        let skip = vectors.start * T::V::<I>::LANES;
+        let first = keys.start / depth;
+        let probs = &probs[first * <Self as TileKernel<T>>::PANEL + skip..];
+        let values = &packed_values[first * Self::stride::<T>(head_dim_v)..];
+        let count = keys.end.div_ceil(depth) - first;
+        let (alpha, acc) = (alpha.map(|alpha| &alpha[skip..]), &mut acc[skip..]);
+        match (Self::STEP, vectors.len()) {
+            (LONG, 3) => value_tiles::<T, I, LONG, 3>(probs, values, head_dim_v, count, alpha, acc),
+            (LONG, 2) => value_tiles::<T, I, LONG, 2>(probs, values, head_dim_v, count, alpha, acc),
+            (LONG, 1) => value_tiles::<T, I, LONG, 1>(probs, values, head_dim_v, count, alpha, acc),
+            (SHORT, 3) => value_tiles::<T, I, SHORT, 3>(probs, values, head_dim_v, count, alpha, acc),
+            (SHORT, 2) => value_tiles::<T, I, SHORT, 2>(probs, values, head_dim_v, count, alpha, acc),
+            (SHORT, 1) => value_tiles::<T, I, SHORT, 1>(probs, values, head_dim_v, count, alpha, acc),
+            (step, count) => unreachable!("{count} vectors by {step} dimensions"),
+        }
+    }
+}
+
+/// Most lanes of any vector.
+pub const MAX_LANES: usize = 16;
+
+#[inline(always)]
+fn padded_copy<T: SimdElement, const N: usize>(src: &[T]) -> [T; N] {
+    let mut buffer = [T::zeroed(); N];
+    let n = src.len().min(N);
+    buffer[..n].copy_from_slice(&src[..n]);
+    buffer
+}
+
+/// Loads a vector, with zeros beyond the end of `src`.
+#[inline(always)]
+pub fn load_padded<T: SimdElement, I: Isa>(src: &[T]) -> T::V<I> {
+    if src.len() >= T::V::<I>::LANES { T::load::<I>(src) } else { T::load::<I>(&padded_copy::<T, MAX_LANES>(src)) }
+}
+
+#[inline(always)]
+fn load_row<T: SimdElement, I: Isa>(src: &[T]) -> T::V<I> {
+    if src.len() >= T::V::<I>::LANES * T::Kernel::<I>::DEPTH {
+        T::Kernel::<I>::load_row(src)
+    } else {
+        T::Kernel::<I>::load_row(&padded_copy::<T, { 2 * MAX_LANES }>(src))
+    }
+}
+
+#[inline(always)]
+fn load_rows<T: SimdElement, I: Isa>([first, second]: [&[T]; 2]) -> T::V<I> {
+    let whole = |row: &[T]| row.len() >= T::V::<I>::LANES;
+    if whole(first) && (T::Kernel::<I>::DEPTH == 1 || whole(second)) {
+        T::Kernel::<I>::load_rows([first, second])
+    } else {
+        T::Kernel::<I>::load_rows([&padded_copy::<T, MAX_LANES>(first), &padded_copy::<T, MAX_LANES>(second)])
+    }
+}
+
+#[inline(always)]
+fn score_tiles<T: SimdElement, I: Isa, const M: usize, const N: usize>(
+    queries: &[T::Acc],
+    packed_keys: &[T::Acc],
+    depth: usize,
+    keys: Range<usize>,
+    scores: &mut [T::Acc],
+    peaks: &mut [T::Acc],
+) {
+    let lanes = T::V::<I>::LANES;
+    let panel = VECTORS * lanes;
+    let stride = VectorTiles::<I>::stride::<T>(depth);
+    let mut highest = [T::V::<I>::splat(T::Acc::NEG_INFINITY); N];
+    let mut j = keys.start;
+    while j < keys.end {
+        let zeros = [[T::V::<I>::splat(T::Acc::ZERO); N]; M];
+        let block = &packed_keys[j * stride..];
+        let sums = tile::<T, T::Kernel<I>, M, N>(block, (stride, 1), queries, panel, depth, zeros);
+        let whole = j + M <= keys.end;
+        for i in 0..M {
+            let row = &mut scores[(j + i) * panel..];
+            for v in 0..N {
+                sums[i][v].store(&mut row[v * lanes..]);
+                if whole || j + i < keys.end {
+                    highest[v] = highest[v].max(sums[i][v]);
+                }
+            }
+        }
+        j += M;
+    }
+    for v in 0..N {
+        let peak = &mut peaks[v * lanes..];
+        T::V::<I>::load(peak).max(highest[v]).store(peak);
+    }
+}
+
+#[inline(always)]
+fn value_tiles<T: SimdElement, I: Isa, const M: usize, const N: usize>(
+    probs: &[T::Acc],
+    packed_values: &[T::Acc],
+    head_dim_v: usize,
+    depth: usize,
+    alpha: Option<&[T::Acc]>,
+    acc: &mut [T::Acc],
+) {
+    let lanes = T::V::<I>::LANES;
+    let panel = VECTORS * lanes;
+    let stride = VectorTiles::<I>::stride::<T>(head_dim_v);
+    let mut d = 0;
+    while d < head_dim_v {
+        let mut sums = [[T::V::<I>::splat(T::Acc::ZERO); N]; M];
+        for i in 0..M {
+            for v in 0..N {
+                let old = T::V::<I>::load(&acc[(d + i) * panel + v * lanes..]);
+                sums[i][v] = match alpha {
+                    Some(alpha) => old.mul(T::V::<I>::load(&alpha[v * lanes..])),
+                    None => old,
+                };
+            }
+        }
+        let sums = tile::<T, T::Kernel<I>, M, N>(&packed_values[d..], (1, stride), probs, panel, depth, sums);
+        for i in 0..M {
+            for v in 0..N {
+                sums[i][v].store(&mut acc[(d + i) * panel + v * lanes..]);
+            }
+        }
+        d += M;
+    }
+}

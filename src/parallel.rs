@@ -1,0 +1,218 @@
+//! Threads, and the entry into an instruction set. The only home of `rayon`.
+//!
+//! [`for_each_tile`] is the one way to run in parallel and the one way to enter an instruction set, exactly once per task:
+//! a closure that a vectorised function hands to a thread pool would be compiled for the baseline.
+//!
+//! Tasks are handed out one at a time in index order, so that uneven ones even out; a task's result depends on its index alone,
+//! which makes results independent of the number of threads.
+
+use crate::simd::{Level, Task};
+use arc_swap::ArcSwapOption;
+use rayon::{ThreadPool, ThreadPoolBuilder};
+use std::marker::PhantomData;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// The helpers of the calling thread: one fewer than the threads in use.
+struct Pool {
+    helpers: usize,
+    /// Threads do not survive a fork: a pool of another process is never used.
+    process: u32,
+    threads: ThreadPool,
+}
+
+static POOL: ArcSwapOption<Pool> = ArcSwapOption::const_empty();
+
+/// Largest number of threads that can be asked for.
+pub const MAX_THREADS: usize = 1024;
+
+/// The processors that this process may use, cgroup quotas included.
+pub fn available_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS)
+}
+
+fn pool(helpers: usize) -> Option<Arc<Pool>> {
+    let process = std::process::id();
+    if let Some(pool) = &*POOL.load()
+        && pool.process == process
+        && pool.helpers == helpers
+    {
+        return Some(Arc::clone(pool));
+    }
+    let threads = ThreadPoolBuilder::new()
+        .num_threads(helpers)
+        .thread_name(|i| format!("subquad-{i}"))
+        .build()
+        .ok()?;
+    let pool = Arc::new(Pool { helpers, process, threads });
+    if let Some(old) = POOL.swap(Some(Arc::clone(&pool)))
+        && old.process != process
+    {
+        // Its threads are in the parent, and so may be the holders of its locks: dropping it could wait for ever.
+        std::mem::forget(old);
+    }
+    Some(pool)
+}
+
+/// Runs tasks `0..count` at `level` on up to `threads` threads, the calling one included.
+///
+/// Serial when one thread suffices, when called from one of the pool's own threads, and when the system gives no threads.
+pub fn for_each_tile(level: Level, threads: usize, count: usize, task: &(impl Task + Sync)) {
+    let next = AtomicUsize::new(0);
+    let work = || {
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            if index >= count {
+                break;
+            }
+            level.run(task, index);
+        }
+    };
+    let threads = threads.min(MAX_THREADS);
+    let helpers = if rayon::current_thread_index().is_some() { 0 } else { threads.min(count).saturating_sub(1) };
+    match if helpers == 0 { None } else { pool(threads - 1) } {
+        None => work(),
+        Some(pool) => pool.threads.in_place_scope(|scope| {
+            for _ in 0..helpers {
+                scope.spawn(|_| work());
+            }
+            work();
+        }),
+    }
+}
+
+/// A writable `[B, S, H, D]` array whose rows are handed out to tasks, each row to one task.
+///
+/// Rows of one tile interleave with those of another, which slices cannot express. In debug builds, giving a row twice panics.
+pub struct RowWriter<'a, T> {
+    start: *mut T,
+    shape: [usize; 4],
+    strides: [usize; 3],
+    #[cfg(debug_assertions)]
+    given: Vec<std::sync::atomic::AtomicBool>,
+    memory: PhantomData<&'a mut [T]>,
+}
+
+#[expect(unsafe_code, reason = "the disjoint row writer")]
+// SAFETY: the writer hands out each row once, so that threads never hold the same element; `T` moves between threads.
+unsafe impl<T: Send> Sync for RowWriter<'_, T> {}
+
+impl<'a, T> RowWriter<'a, T> {
+    /// Wraps `data`; `strides` count elements along batch, sequence and head. The last axis is contiguous.
+    ///
+    /// # Panics
+    /// When rows overlap or reach beyond `data`: callers check with [`rows_are_disjoint`] and [`crate::tensor::extent`].
+    pub fn new(data: &'a mut [T], shape: [usize; 4], strides: [usize; 3]) -> Self {
+        let [b, s, h] = strides;
+        assert!(rows_are_disjoint(shape, strides), "rows overlap");
+        assert!(
+            crate::tensor::extent("out", &shape, &[b, s, h, 1]).is_ok_and(|needed| needed <= data.len()),
+            "rows reach beyond the data"
+        );
+        Self {
+            start: data.as_mut_ptr(),
+            shape,
+            strides,
+            #[cfg(debug_assertions)]
+            given: std::iter::repeat_with(Default::default).take(shape[0] * shape[1] * shape[2]).collect(),
+            memory: PhantomData,
+        }
+    }
+
+    /// The elements of one token of one head. Ask for each row at most once.
+    ///
+    /// # Panics
+    /// When there is no such row; in debug builds, when it was given before.
+    #[inline(always)]
+    #[expect(unsafe_code, reason = "the disjoint row writer")]
+    #[expect(clippy::mut_from_ref, reason = "each row is given once")]
+    pub fn row(&self, batch: usize, token: usize, head: usize) -> &mut [T] {
+        let [batches, tokens, heads, width] = self.shape;
+        assert!(batch < batches && token < tokens && head < heads, "no such row");
+        #[cfg(debug_assertions)]
+        {
+            let given = &self.given[(batch * tokens + token) * heads + head];
+            assert!(!given.swap(true, Ordering::Relaxed), "row given twice");
+        }
+        let offset = batch * self.strides[0] + token * self.strides[1] + head * self.strides[2];
+        // SAFETY: `new` checked that every row lies within the data and that rows are disjoint, and the data is borrowed
+        // mutably for 'a. Kernels ask for each row once, which debug builds assert.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(offset), width) }
+    }
+}
+
+/// Whether no two rows of a `[B, S, H, D]` array with these batch, sequence and head strides share an element.
+///
+/// Sufficient, not necessary: the axes must nest, which every view of a contiguous array does.
+pub fn rows_are_disjoint(shape: [usize; 4], strides: [usize; 3]) -> bool {
+    let mut axes: Vec<(usize, usize)> = (0..3).filter(|&i| shape[i] > 1).map(|i| (strides[i], shape[i])).collect();
+    axes.sort_unstable();
+    let mut reach = shape[3];
+    for (stride, n) in axes {
+        if stride < reach {
+            return shape.contains(&0);
+        }
+        reach = stride * (n - 1) + reach;
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::Isa;
+    use std::sync::Mutex;
+
+    struct Collect(Mutex<Vec<usize>>);
+    impl Task for Collect {
+        #[inline(always)]
+        fn run<I: Isa>(&self, index: usize) {
+            self.0.lock().unwrap().push(index);
+        }
+    }
+
+    #[test]
+    fn every_task_runs_once_at_any_thread_count() {
+        for threads in [1, 2, 5] {
+            let seen = Collect(Mutex::new(Vec::new()));
+            for_each_tile(Level::Scalar, threads, 100, &seen);
+            let mut seen = seen.0.into_inner().unwrap();
+            seen.sort_unstable();
+            assert_eq!(seen, (0..100).collect::<Vec<_>>());
+        }
+    }
+
+    struct Nested;
+    impl Task for Nested {
+        #[inline(always)]
+        fn run<I: Isa>(&self, _index: usize) {
+            let inner = Collect(Mutex::new(Vec::new()));
+            for_each_tile(Level::Scalar, 4, 3, &inner);
+            assert_eq!(inner.0.into_inner().unwrap().len(), 3);
+        }
+    }
+
+    #[test]
+    fn nested_calls_finish() {
+        for_each_tile(Level::Scalar, 3, 8, &Nested);
+    }
+
+    #[test]
+    fn disjointness() {
+        assert!(rows_are_disjoint([2, 3, 4, 5], [60, 20, 5]));
+        assert!(rows_are_disjoint([2, 4, 3, 5], [60, 5, 20]));
+        assert!(rows_are_disjoint([1, 3, 1, 5], [0, 7, 0]));
+        assert!(!rows_are_disjoint([1, 3, 1, 5], [0, 4, 0]));
+        assert!(!rows_are_disjoint([2, 3, 1, 5], [0, 5, 0]));
+    }
+
+    #[test]
+    #[cfg(debug_assertions)]
+    #[should_panic(expected = "row given twice")]
+    fn rows_are_given_once() {
+        let mut data = vec![0f32; 6];
+        let rows = RowWriter::new(&mut data, [1, 3, 1, 2], [6, 2, 2]);
+        rows.row(0, 1, 0)[0] = 1.0;
+        rows.row(0, 1, 0)[0] = 2.0;
+    }
+}

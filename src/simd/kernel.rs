@@ -1,0 +1,86 @@
+//! How a vector instruction set multiplies: operands, their packing, and the multiply-accumulate.
+//!
+//! An *operand* is what one lane of a multiplicand holds: one widened input ([`Widen`], [`VectorKernel::DEPTH`] 1) or a pair of
+//! bf16 inputs that are adjacent along the reduced axis ([`PairDot`], depth 2). Operands are kept in the accumulator type; pairs
+//! are its bits, and are only ever moved.
+
+use super::{Bf16Pairs, Isa, SimdElement, Vector};
+use half::bf16;
+use std::marker::PhantomData;
+
+/// Products of inputs of type `T`.
+pub trait VectorKernel<T: SimdElement>: 'static {
+    /// Vectors of accumulators and operands.
+    type V: Vector<Elem = T::Acc>;
+    /// Inputs per operand.
+    const DEPTH: usize;
+
+    /// Operands of the first `DEPTH * LANES` elements of a row, adjacent along the reduced axis.
+    fn load_row(src: &[T]) -> Self::V;
+    /// Operands of the first `LANES` elements of `DEPTH` rows that are adjacent along the reduced axis; `rows[DEPTH..]` is ignored.
+    fn load_rows(rows: [&[T]; 2]) -> Self::V;
+    /// Operands of `DEPTH` vectors of probabilities; `probs[DEPTH..]` is ignored.
+    fn fold(probs: [Self::V; 2]) -> Self::V;
+    /// Probability `index < DEPTH` of a folded operand.
+    fn unfold(operand: T::Acc, index: usize) -> T::Acc;
+    /// `acc + a . b`.
+    fn mul_acc(a: Self::V, b: Self::V, acc: Self::V) -> Self::V;
+}
+
+/// Inputs widened to the accumulator type, products by fused multiply-add.
+pub struct Widen<I, T>(PhantomData<(I, T)>);
+
+impl<I: Isa, T: SimdElement> VectorKernel<T> for Widen<I, T> {
+    type V = T::V<I>;
+    const DEPTH: usize = 1;
+
+    #[inline(always)]
+    fn load_row(src: &[T]) -> Self::V {
+        T::load::<I>(src)
+    }
+    #[inline(always)]
+    fn load_rows(rows: [&[T]; 2]) -> Self::V {
+        T::load::<I>(rows[0])
+    }
+    #[inline(always)]
+    fn fold(probs: [Self::V; 2]) -> Self::V {
+        probs[0]
+    }
+    #[inline(always)]
+    fn unfold(operand: T::Acc, _index: usize) -> T::Acc {
+        operand
+    }
+    #[inline(always)]
+    fn mul_acc(a: Self::V, b: Self::V, acc: Self::V) -> Self::V {
+        a.mul_add(b, acc)
+    }
+}
+
+/// Pairs of bf16, products by the instruction set's bf16 dot product.
+pub struct PairDot<I>(PhantomData<I>);
+
+impl<I: Bf16Pairs> VectorKernel<bf16> for PairDot<I> {
+    type V = I::F32;
+    const DEPTH: usize = 2;
+
+    #[inline(always)]
+    fn load_row(src: &[bf16]) -> Self::V {
+        I::load_pairs(src)
+    }
+    #[inline(always)]
+    fn load_rows(rows: [&[bf16]; 2]) -> Self::V {
+        I::zip(rows[0], rows[1])
+    }
+    #[inline(always)]
+    fn fold(probs: [Self::V; 2]) -> Self::V {
+        I::round_pairs(probs[0], probs[1])
+    }
+    #[inline(always)]
+    fn unfold(operand: f32, index: usize) -> f32 {
+        f32::from_bits(if index == 0 { operand.to_bits() << 16 } else { operand.to_bits() & 0xffff_0000 })
+    }
+    #[inline(always)]
+    fn mul_acc(a: Self::V, b: Self::V, acc: Self::V) -> Self::V {
+        I::dot(a, b, acc)
+    }
+}

@@ -1,0 +1,107 @@
+//! Instruction sets. The only home of `std::arch`.
+//!
+//! An algorithm is written once, generic over [`Isa`], and entered through [`Level::run`], which crosses into code compiled
+//! for that instruction set. Everything below the crossing is `#[inline(always)]`: a function that is not would be compiled for
+//! the baseline and call every intrinsic.
+
+mod avx2;
+mod avx512;
+mod element;
+mod kernel;
+mod level;
+mod micro;
+mod portable;
+mod probe;
+
+pub use element::SimdElement;
+pub use kernel::{PairDot, VectorKernel, Widen};
+pub use level::Level;
+pub use micro::tile;
+pub use probe::{ProbeKind, peak_flops_loop, sum_bytes};
+
+use crate::dtype::Float;
+use half::{bf16, f16};
+
+/// A register of floating-point lanes.
+///
+/// Loads and stores take slices of at least [`Vector::LANES`] elements, of any alignment.
+pub trait Vector: Copy + 'static {
+    /// Lane type.
+    type Elem: Float;
+    /// `LANES` registers, the unit of [`Vector::transpose`].
+    type Block: Copy + AsRef<[Self]> + AsMut<[Self]>;
+    /// Lanes of a register.
+    const LANES: usize;
+    /// Arguments of `2^x` are clamped to this; anything at or below it comes out as exactly 0.
+    const EXP2_FLOOR: Self::Elem;
+
+    /// All lanes equal to `x`.
+    fn splat(x: Self::Elem) -> Self;
+    /// Reads the first `LANES` elements.
+    fn load(src: &[Self::Elem]) -> Self;
+    /// Writes the first `LANES` elements.
+    fn store(self, dst: &mut [Self::Elem]);
+    /// `self + other`.
+    fn add(self, other: Self) -> Self;
+    /// `self - other`.
+    fn sub(self, other: Self) -> Self;
+    /// `self * other`.
+    fn mul(self, other: Self) -> Self;
+    /// `self * factor + addend`, fused where the level can.
+    fn mul_add(self, factor: Self, addend: Self) -> Self;
+    /// The larger lane; `other` where either is NaN.
+    fn max(self, other: Self) -> Self;
+    /// `yes` where `self > other`, else `no`, also where either is NaN.
+    fn select_gt(self, other: Self, yes: Self, no: Self) -> Self;
+    /// Splits `x` in `[EXP2_FLOOR, max exponent]` into a fraction in `[-1/2, 1/2]` and a token of its integral part.
+    fn split_exponent(self) -> (Self, Self);
+    /// `self * 2^n` for the token of `n`.
+    fn scale_exponent(self, token: Self) -> Self;
+    /// A block of zeros.
+    fn zero_block() -> Self::Block;
+    /// Lane `j` of register `i` becomes lane `i` of register `j`.
+    fn transpose(block: Self::Block) -> Self::Block;
+}
+
+/// An instruction set.
+pub trait Isa: Copy + Send + Sync + 'static {
+    /// Its rank among the levels.
+    const LEVEL: Level;
+    /// Vector registers: bounds the accumulators of a register tile.
+    const REGISTERS: usize;
+    /// f32 lanes.
+    type F32: Vector<Elem = f32>;
+    /// f64 lanes.
+    type F64: Vector<Elem = f64>;
+    /// How products of bf16 inputs are formed.
+    type Bf16: VectorKernel<bf16, V = Self::F32>;
+
+    /// Widens the first `F32::LANES` elements.
+    fn load_f16(src: &[f16]) -> Self::F32;
+    /// Rounds to nearest even into the first `F32::LANES` elements.
+    fn store_f16(v: Self::F32, dst: &mut [f16]);
+    /// Widens the first `F32::LANES` elements.
+    fn load_bf16(src: &[bf16]) -> Self::F32;
+    /// Rounds to nearest even into the first `F32::LANES` elements.
+    fn store_bf16(v: Self::F32, dst: &mut [bf16]);
+}
+
+/// An instruction set with dot products of bf16 pairs. Packed pairs travel as the bits of f32 lanes.
+pub trait Bf16Pairs: Isa {
+    /// `acc + a.0 * b.0 + a.1 * b.1` per lane; denormals count as 0.
+    fn dot(a: Self::F32, b: Self::F32, acc: Self::F32) -> Self::F32;
+    /// Rounds two vectors to bf16 and interleaves them lane by lane.
+    fn round_pairs(first: Self::F32, second: Self::F32) -> Self::F32;
+    /// Interleaves the first `F32::LANES` elements of two rows.
+    fn zip(first: &[bf16], second: &[bf16]) -> Self::F32;
+    /// Reads `F32::LANES` adjacent pairs.
+    fn load_pairs(src: &[bf16]) -> Self::F32;
+}
+
+/// Work that is written once for every instruction set.
+///
+/// Implementations mark [`Task::run`] `#[inline(always)]`.
+pub trait Task {
+    /// Does piece `index` of the work with instruction set `I`.
+    fn run<I: Isa>(&self, index: usize);
+}

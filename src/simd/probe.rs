@@ -1,0 +1,87 @@
+//! Register-only loops that reach the machine's peak, for benches to measure kernels against.
+
+use super::{Isa, Level, SimdElement, Task, Vector, VectorKernel};
+use half::bf16;
+use std::hint::black_box;
+
+/// Which arithmetic a probe runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProbeKind {
+    /// f32 multiply-add.
+    F32,
+    /// f64 multiply-add.
+    F64,
+    /// bf16 dot product; f32 multiply-add at levels without one.
+    Bf16,
+}
+
+/// Accumulators: enough to hide a latency of 6 cycles at 2 a cycle, few enough for 16 registers.
+const CHAINS: usize = 12;
+
+struct Peak<T> {
+    rounds: usize,
+    element: std::marker::PhantomData<T>,
+}
+
+impl<T: SimdElement> Task for Peak<T> {
+    #[inline(always)]
+    fn run<I: Isa>(&self, _index: usize) {
+        let zero = <T::Acc as crate::dtype::Float>::ZERO;
+        let x = black_box(T::V::<I>::splat(zero));
+        let mut sums = [x; CHAINS];
+        for _ in 0..self.rounds {
+            for sum in &mut sums {
+                *sum = T::Kernel::<I>::mul_acc(x, x, *sum);
+            }
+        }
+        black_box(sums);
+    }
+}
+
+/// Runs `rounds` dependent steps of every chain; returns the floating-point operations done.
+pub fn peak_flops_loop(level: Level, kind: ProbeKind, rounds: usize) -> f64 {
+    fn go<T: SimdElement>(level: Level, rounds: usize) {
+        level.run(&Peak::<T> { rounds, element: std::marker::PhantomData }, 0);
+    }
+    struct Width<'a>(ProbeKind, &'a std::cell::Cell<usize>);
+    impl Task for Width<'_> {
+        #[inline(always)]
+        fn run<I: Isa>(&self, _index: usize) {
+            self.1.set(match self.0 {
+                ProbeKind::F32 => I::F32::LANES,
+                ProbeKind::F64 => I::F64::LANES,
+                ProbeKind::Bf16 => I::F32::LANES * I::Bf16::DEPTH,
+            });
+        }
+    }
+    match kind {
+        ProbeKind::F32 => go::<f32>(level, rounds),
+        ProbeKind::F64 => go::<f64>(level, rounds),
+        ProbeKind::Bf16 => go::<bf16>(level, rounds),
+    }
+    let width = std::cell::Cell::new(0);
+    level.run(&Width(kind, &width), 0);
+    2.0 * (rounds * CHAINS * width.get()) as f64
+}
+
+struct Sum<'a> {
+    data: &'a [f32],
+}
+
+impl Task for Sum<'_> {
+    #[inline(always)]
+    fn run<I: Isa>(&self, _index: usize) {
+        let mut sums = [I::F32::splat(0.0); 8];
+        for chunk in self.data.chunks_exact(8 * I::F32::LANES) {
+            for (i, sum) in sums.iter_mut().enumerate() {
+                *sum = sum.add(I::F32::load(&chunk[i * I::F32::LANES..]));
+            }
+        }
+        black_box(sums);
+    }
+}
+
+/// Reads every element once, as fast as the level can.
+pub fn sum_bytes(level: Level, data: &[f32]) {
+    level.run(&Sum { data }, 0);
+}
