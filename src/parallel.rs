@@ -39,11 +39,7 @@ fn pool(helpers: usize) -> Option<Arc<Pool>> {
     {
         return Some(Arc::clone(pool));
     }
-    let threads = ThreadPoolBuilder::new()
-        .num_threads(helpers)
-        .thread_name(|i| format!("subquad-{i}"))
-        .build()
-        .ok()?;
+    let threads = ThreadPoolBuilder::new().num_threads(helpers).thread_name(|i| format!("subquad-{i}")).build().ok()?;
     let pool = Arc::new(Pool { helpers, process, threads });
     if let Some(old) = POOL.swap(Some(Arc::clone(&pool)))
         && old.process != process

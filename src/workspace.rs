@@ -1,7 +1,7 @@
 //! Scratch memory of one thread, kept between calls so that kernels never allocate per tile.
 
 use bytemuck::{Pod, Zeroable};
-use std::cell::RefCell;
+use std::cell::Cell;
 
 /// Cache lines, so that every buffer carved from the arena starts on one.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -9,7 +9,7 @@ use std::cell::RefCell;
 struct Line([u8; 64]);
 
 thread_local! {
-    static ARENA: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+    static ARENA: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
 }
 
 /// Elements of `T` that fill whole cache lines and hold at least `len`.
@@ -18,20 +18,37 @@ pub fn padded<T>(len: usize) -> usize {
     len.div_ceil(per_line) * per_line
 }
 
-/// Runs `body` on `len` elements of this thread's scratch. Their content is arbitrary, never uninitialised.
+/// This thread's scratch, borrowed until it is dropped.
 ///
-/// # Panics
-/// When `body` asks for scratch again: the arena has one user at a time.
-#[inline(always)]
-pub fn with_scratch<T: Pod, R>(len: usize, body: impl FnOnce(&mut [T]) -> R) -> R {
-    let lines = len.div_ceil(size_of::<Line>() / size_of::<T>());
-    ARENA.with(|arena| {
-        let mut arena = arena.borrow_mut();
-        if arena.len() < lines {
-            arena.resize(lines, Line::zeroed());
+/// A guard, not a function that takes a closure: the closure would be compiled for the baseline instruction set.
+pub struct Scratch {
+    lines: Vec<Line>,
+}
+
+impl Scratch {
+    /// At least `len` elements of `T`. Their content is arbitrary, never uninitialised.
+    ///
+    /// A thread that asks again before it has dropped the first gets fresh memory.
+    pub fn take<T: Pod>(len: usize) -> Self {
+        let mut lines = ARENA.take();
+        let needed = len.div_ceil(size_of::<Line>() / size_of::<T>());
+        if lines.len() < needed {
+            lines.resize(needed, Line::zeroed());
         }
-        body(&mut bytemuck::cast_slice_mut(&mut arena[..lines])[..len])
-    })
+        Self { lines }
+    }
+
+    /// The memory as elements of `T`.
+    #[inline(always)]
+    pub fn as_mut_slice<T: Pod>(&mut self) -> &mut [T] {
+        bytemuck::cast_slice_mut(&mut self.lines)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        ARENA.set(std::mem::take(&mut self.lines));
+    }
 }
 
 #[cfg(test)]
@@ -40,13 +57,15 @@ mod tests {
 
     #[test]
     fn scratch_is_aligned_and_reused() {
-        let first = with_scratch::<f32, _>(100, |s| {
-            s[0] = 7.0;
-            assert_eq!(s.len(), 100);
-            s.as_ptr() as usize
-        });
+        let mut scratch = Scratch::take::<f32>(100);
+        let first = scratch.as_mut_slice::<f32>().as_ptr() as usize;
+        assert!(scratch.as_mut_slice::<f32>().len() >= 100);
         assert_eq!(first % 64, 0);
-        assert_eq!(with_scratch::<f64, _>(10, |s| s.as_ptr() as usize), first);
+        drop(scratch);
+        let mut again = Scratch::take::<f64>(10);
+        assert_eq!(again.as_mut_slice::<f64>().as_ptr() as usize, first);
+        let mut nested = Scratch::take::<f64>(10);
+        assert_ne!(nested.as_mut_slice::<f64>().as_ptr() as usize, first);
         assert_eq!(padded::<f32>(17), 32);
     }
 }

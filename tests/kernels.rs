@@ -82,7 +82,11 @@ impl<T: SimdElement> Case<T> {
         form(
             &args,
             &ExactOut {
-                out: RowWriter::new(&mut out, [s.batch, sq, h, s.head_dim_v], [sq * h * s.head_dim_v, h * s.head_dim_v, s.head_dim_v]),
+                out: RowWriter::new(
+                    &mut out,
+                    [s.batch, sq, h, s.head_dim_v],
+                    [sq * h * s.head_dim_v, h * s.head_dim_v, s.head_dim_v],
+                ),
                 lse: Some(RowWriter::new(&mut lse, [s.batch, sq, h, 1], [h * sq, 1, sq])),
             },
         );
@@ -113,15 +117,7 @@ fn widen<T: Element>(x: &[T]) -> Vec<f64> {
 }
 
 fn shape(batch: usize, q: usize, k: usize, heads: (usize, usize), dims: (usize, usize)) -> AttnShape {
-    AttnShape {
-        batch,
-        seqlen_q: q,
-        seqlen_k: k,
-        num_heads: heads.0,
-        num_kv_heads: heads.1,
-        head_dim: dims.0,
-        head_dim_v: dims.1,
-    }
+    AttnShape { batch, seqlen_q: q, seqlen_k: k, num_heads: heads.0, num_kv_heads: heads.1, head_dim: dims.0, head_dim_v: dims.1 }
 }
 
 fn masks(s: AttnShape) -> [Mask; 3] {

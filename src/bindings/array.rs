@@ -94,11 +94,7 @@ impl<'py> Array<'py> {
             Ok(array) if layout == Layout::InPlace => Err(Error::Shape {
                 arg,
                 expected: "with a contiguous last axis".into(),
-                got: format!(
-                    "{} with strides {:?}",
-                    crate::tensor::shape_text(&array.memory.shape),
-                    array.memory.strides
-                ),
+                got: format!("{} with strides {:?}", crate::tensor::shape_text(&array.memory.shape), array.memory.strides),
             }
             .into()),
             Ok(array) => Self::copy(arg, array.kind, object),
@@ -107,9 +103,7 @@ impl<'py> Array<'py> {
     }
 
     fn fits(&self, layout: Layout) -> bool {
-        layout == Layout::Any
-            || self.memory.shape.last().is_none_or(|&n| n <= 1)
-            || self.memory.strides.last() == Some(&1)
+        layout == Layout::Any || self.memory.shape.last().is_none_or(|&n| n <= 1) || self.memory.strides.last() == Some(&1)
     }
 
     fn copy(arg: &'static str, kind: Kind, object: &Bound<'py, PyAny>) -> PyResult<Self> {
@@ -219,9 +213,8 @@ fn check_torch(arg: &'static str, tensor: &Bound<'_, PyAny>) -> PyResult<()> {
         return Err(Error::Device { arg, got: tensor.getattr("device")?.str()?.to_string() }.into());
     }
     if tensor.getattr(pyo3::intern!(py, "requires_grad"))?.is_truthy()? {
-        let enabled = GRAD_ENABLED.get_or_try_init(py, || {
-            py.import("torch").and_then(|torch| torch.getattr("is_grad_enabled")).map(Bound::unbind)
-        })?;
+        let enabled = GRAD_ENABLED
+            .get_or_try_init(py, || py.import("torch").and_then(|torch| torch.getattr("is_grad_enabled")).map(Bound::unbind))?;
         if enabled.call0(py)?.is_truthy(py)? {
             return Err(Error::Unsupported {
                 what: format!("{arg}: a tensor that requires grad"),
@@ -233,11 +226,7 @@ fn check_torch(arg: &'static str, tensor: &Bound<'_, PyAny>) -> PyResult<()> {
     Ok(())
 }
 
-fn numpy_array<'py>(
-    arg: &'static str,
-    object: &Bound<'py, PyAny>,
-    array: &Bound<'py, PyUntypedArray>,
-) -> Option<Array<'py>> {
+fn numpy_array<'py>(arg: &'static str, object: &Bound<'py, PyAny>, array: &Bound<'py, PyUntypedArray>) -> Option<Array<'py>> {
     let dtype = array.dtype();
     let element = match (dtype.kind(), dtype.itemsize()) {
         _ if !dtype.is_native_byteorder().unwrap_or(true) => ElementType::Other(dtype.to_string()),
@@ -294,27 +283,19 @@ impl Raw for Bound<'_, PyUntypedArray> {
     }
     fn flags(&self) -> Flags {
         let bits = super::dlpack::numpy_flags(self);
-        Flags {
-            aligned: bits & numpy::npyffi::NPY_ARRAY_ALIGNED != 0,
-            writeable: bits & numpy::npyffi::NPY_ARRAY_WRITEABLE != 0,
-        }
+        Flags { aligned: bits & numpy::npyffi::NPY_ARRAY_ALIGNED != 0, writeable: bits & numpy::npyffi::NPY_ARRAY_WRITEABLE != 0 }
     }
 }
 
-fn dlpack_array<'py>(
-    arg: &'static str,
-    object: &Bound<'py, PyAny>,
-    kind: Kind,
-) -> PyResult<Result<Array<'py>, Kind>> {
+fn dlpack_array<'py>(arg: &'static str, object: &Bound<'py, PyAny>, kind: Kind) -> PyResult<Result<Array<'py>, Kind>> {
     let refused = |error: PyErr| -> PyErr {
         let got = format!("{} ({})", type_name(object), error.value(object.py()));
         Error::Kind { arg, expected: "a dense CPU array".into(), got }.into()
     };
     if let Some(api) = ExchangeApi::from_object(object.as_borrowed())? {
         // Borrowed, not owned: the caller holds the tensor for the whole call.
-        let parts = api
-            .with_tensor_view_no_sync(object.as_borrowed(), |tensor, _stream| Parts::of(arg, tensor))
-            .map_err(refused)??;
+        let parts =
+            api.with_tensor_view_no_sync(object.as_borrowed(), |tensor, _stream| Parts::of(arg, tensor)).map_err(refused)??;
         return Ok(parts.array(arg, object, kind, false, None));
     }
     if !object.hasattr("__dlpack__")? {

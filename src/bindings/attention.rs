@@ -99,10 +99,7 @@ pub fn run<T: SimdElement>(py: Python<'_>, call: &Call<'_>) -> PyResult<()> {
         mask: call.mask,
         bias: broadcast::bias(call.bias.0, call.bias.1, call.bias.2)?,
     };
-    let out = ExactOut {
-        out: writer(&call.out)?,
-        lse: call.lse.as_ref().map(writer).transpose()?,
-    };
+    let out = ExactOut { out: writer(&call.out)?, lse: call.lse.as_ref().map(writer).transpose()? };
     let (level, threads, blocking) = (runtime::level()?, runtime::threads(py)?, runtime::blocking()?);
     enter::enter(py, || prefill::forward(&args, &out, level, threads, blocking))
 }
@@ -163,11 +160,8 @@ pub fn attention<'py>(
     let dtype = q.float()?;
     q.check_same(&k)?;
     q.check_same(&v)?;
-    let views = [
-        View::in_order(&q, "[B, Sq, H, D]")?,
-        View::in_order(&k, "[B, Sk, Hkv, D]")?,
-        View::in_order(&v, "[B, Sk, Hkv, Dv]")?,
-    ];
+    let views =
+        [View::in_order(&q, "[B, Sq, H, D]")?, View::in_order(&k, "[B, Sk, Hkv, D]")?, View::in_order(&v, "[B, Sk, Hkv, Dv]")?];
     let shape = AttnShape::new(["q", "k", "v"], views[0].shape, views[1].shape, views[2].shape)?;
     let AttnShape { batch, seqlen_q, seqlen_k, num_heads, head_dim_v, .. } = shape;
     let out_shape = [batch, seqlen_q, num_heads, head_dim_v];

@@ -1,8 +1,8 @@
 //! Broadcasting, by strides: an axis of extent 1 is repeated with stride 0.
 
 use super::array::{Array, ElementType};
-use super::dlpack::Memory;
 use super::attention::dispatch_dtype;
+use super::dlpack::Memory;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::kernels::bias::{Bias, BiasView};

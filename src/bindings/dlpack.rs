@@ -94,8 +94,7 @@ pub fn extents(arg: &'static str, tensor: &dlpark::ffi::DLTensor) -> Result<(Vec
     // SAFETY: the protocol promises `ndim` extents behind a `shape` that is not null, valid during the borrow.
     let shape = unsafe { std::slice::from_raw_parts(tensor.shape, rank) }.to_vec();
     // SAFETY: likewise for strides.
-    let strides =
-        (!tensor.strides.is_null()).then(|| unsafe { std::slice::from_raw_parts(tensor.strides, rank) }.to_vec());
+    let strides = (!tensor.strides.is_null()).then(|| unsafe { std::slice::from_raw_parts(tensor.strides, rank) }.to_vec());
     Ok((shape, strides))
 }
 

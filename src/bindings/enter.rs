@@ -10,15 +10,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 ///
 /// The arrays behind it stay alive because the Python caller holds them for the whole call.
 pub fn enter(py: Python<'_>, work: impl FnOnce() + Send) -> PyResult<()> {
-    py.detach(|| catch_unwind(AssertUnwindSafe(work))).map_err(|panic| {
-        PyRuntimeError::new_err(format!("internal error in subquad, please report it: {}", text(&*panic)))
-    })
+    py.detach(|| catch_unwind(AssertUnwindSafe(work)))
+        .map_err(|panic| PyRuntimeError::new_err(format!("internal error in subquad, please report it: {}", text(&*panic))))
 }
 
 fn text(panic: &(dyn Any + Send)) -> &str {
-    panic
-        .downcast_ref::<String>()
-        .map(String::as_str)
-        .or_else(|| panic.downcast_ref::<&str>().copied())
-        .unwrap_or("unknown")
+    panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown")
 }

@@ -126,18 +126,21 @@ impl<F: Fn()> Task for EachThread<F> {
 
 /// Repeats `round`, which returns the work it did, on `threads` threads for `seconds`; returns the best rate of all together.
 fn best_rate(py: Python<'_>, threads: usize, seconds: f64, round: impl Fn() -> f64 + Sync) -> PyResult<f64> {
-    let seconds = Duration::try_from_secs_f64(seconds).ok().filter(|s| *s <= Duration::from_secs(600)).ok_or_else(|| {
-        Error::Value { arg: "seconds", expected: "0 to 600".into(), got: seconds.to_string() }
-    })?;
+    let seconds = Duration::try_from_secs_f64(seconds)
+        .ok()
+        .filter(|s| *s <= Duration::from_secs(600))
+        .ok_or_else(|| Error::Value { arg: "seconds", expected: "0 to 600".into(), got: seconds.to_string() })?;
     let mut best = 0f64;
     super::enter::enter(py, || {
         let end = Instant::now() + seconds;
         loop {
             let work = std::sync::Mutex::new(0f64);
             let start = Instant::now();
-            let each = EachThread(|| *work.lock().unwrap_or_else(std::sync::PoisonError::into_inner) += {
-                let done = round();
-                done
+            let each = EachThread(|| {
+                *work.lock().unwrap_or_else(std::sync::PoisonError::into_inner) += {
+                    let done = round();
+                    done
+                }
             });
             for_each_tile(Level::Scalar, threads, threads, &each);
             let elapsed = start.elapsed().as_secs_f64();
@@ -160,13 +163,7 @@ fn thread_count(num_threads: Option<i64>, py: Python<'_>) -> PyResult<usize> {
 /// Floating-point operations per second of a loop that touches registers only.
 #[pyfunction]
 #[pyo3(signature = (kind, level=None, seconds=0.1, num_threads=None))]
-pub fn probe_peak(
-    py: Python<'_>,
-    kind: &str,
-    level: Option<&str>,
-    seconds: f64,
-    num_threads: Option<i64>,
-) -> PyResult<f64> {
+pub fn probe_peak(py: Python<'_>, kind: &str, level: Option<&str>, seconds: f64, num_threads: Option<i64>) -> PyResult<f64> {
     const ROUNDS: usize = 1 << 17;
     let level = named_level(level)?;
     let kind = match kind {

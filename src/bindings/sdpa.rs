@@ -38,13 +38,7 @@ impl<'a> Stack<'a> {
         let [batch, head, length, width] = self.shape[outer..] else { unreachable!("four axes are left") };
         let [b, h, l, _] = self.strides[outer..] else { unreachable!("as many strides as extents") };
         let offset = leading.iter().zip(&self.strides).map(|(i, stride)| i * stride).sum();
-        View {
-            arg: self.array.arg,
-            memory: &self.array.memory,
-            offset,
-            shape: [batch, length, head, width],
-            strides: [b, l, h],
-        }
+        View { arg: self.array.arg, memory: &self.array.memory, offset, shape: [batch, length, head, width], strides: [b, l, h] }
     }
 }
 
@@ -77,12 +71,12 @@ fn leading_axes(q: &Array<'_>, k: &Array<'_>, v: &Array<'_>, enable_gqa: bool) -
         shape.split_last().map_or((vec![], 1), |(&heads, leading)| (leading.to_vec(), heads))
     };
     let [(q_leading, q_heads), (k_leading, k_heads), (v_leading, v_heads)] = [split(q), split(k), split(v)];
-    let mismatch = |array: &Array<'_>, expected: String| Error::Shape { arg: array.arg, expected, got: shape_text(array.shape()) };
+    let mismatch =
+        |array: &Array<'_>, expected: String| Error::Shape { arg: array.arg, expected, got: shape_text(array.shape()) };
     let mut leading = q_leading.clone();
     for (array, own) in [(k, &k_leading), (v, &v_leading)] {
-        leading = broadcast::common(&[&leading, own]).ok_or_else(|| {
-            mismatch(array, format!("leading axes that broadcast with {}'s {}", q.arg, shape_text(&q_leading)))
-        })?;
+        leading = broadcast::common(&[&leading, own])
+            .ok_or_else(|| mismatch(array, format!("leading axes that broadcast with {}'s {}", q.arg, shape_text(&q_leading))))?;
     }
     if leading.is_empty() {
         leading.push(1);

@@ -72,18 +72,10 @@ pub fn probabilities<T: SimdElement, I: Isa, const MASKED: bool>(
 }
 
 #[inline(always)]
-fn probability<T: SimdElement, I: Isa, const MASKED: bool>(
-    row: &[T::Acc],
-    scale: T::V<I>,
-    minus_base: T::V<I>,
-) -> T::V<I> {
+fn probability<T: SimdElement, I: Isa, const MASKED: bool>(row: &[T::Acc], scale: T::V<I>, minus_base: T::V<I>) -> T::V<I> {
     let s = T::V::<I>::load(row);
     let p = exp2::<T, I>(s.mul_add(scale, minus_base));
-    if MASKED {
-        T::V::<I>::splat(T::Acc::LOWEST).select_gt(s, T::V::<I>::splat(T::Acc::MINUS_ZERO), p)
-    } else {
-        p
-    }
+    if MASKED { T::V::<I>::splat(T::Acc::LOWEST).select_gt(s, T::V::<I>::splat(T::Acc::MINUS_ZERO), p) } else { p }
 }
 
 /// `ln` of the sum of exponentials, from the running maximum and sum in base 2; `-inf` where no key was seen.

@@ -41,11 +41,7 @@ pub struct Cut {
 
 impl Cut {
     #[inline(always)]
-    pub fn new<T: SimdElement, I: Isa, K: TileKernel<T>>(
-        panel: &Panel<'_, T, I, K>,
-        first_key: usize,
-        count: usize,
-    ) -> Self {
+    pub fn new<T: SimdElement, I: Isa, K: TileKernel<T>>(panel: &Panel<'_, T, I, K>, first_key: usize, count: usize) -> Self {
         let lanes = T::V::<I>::LANES;
         let vectors = panel.rows.div_ceil(lanes);
         let mut cut = Self { first_key, vectors, seen: [0; MAX_VECTORS], full: [0; MAX_VECTORS] };
@@ -148,11 +144,8 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
             let at = v * lanes;
             let cut_here = !plain || cut.full[v] < cut.seen[v];
             masked |= cut_here;
-            let peak = if cut_here {
-                self.modify(cut, v, scores)
-            } else {
-                T::V::<I>::load(&peaks[at..]).mul(T::V::<I>::splat(scale))
-            };
+            let peak =
+                if cut_here { self.modify(cut, v, scores) } else { T::V::<I>::load(&peaks[at..]).mul(T::V::<I>::splat(scale)) };
             let step = step::<T, I>(T::V::<I>::load(&self.m[at..]), peak);
             step.m.store(&mut self.m[at..]);
             step.alpha.store(&mut alphas[at..]);

@@ -82,11 +82,7 @@ impl Buffers {
 impl Plan {
     /// Cuts a call. Block sizes never change results, except that `block_k` groups the sums over keys: it depends on the shape,
     /// the level and `blocking` alone.
-    pub fn new<T: SimdElement, K: TileKernel<T>>(
-        args: &ExactArgs<'_, T>,
-        blocking: Blocking,
-        threads: usize,
-    ) -> (Self, Buffers) {
+    pub fn new<T: SimdElement, K: TileKernel<T>>(args: &ExactArgs<'_, T>, blocking: Blocking, threads: usize) -> (Self, Buffers) {
         let shape = args.shape;
         let row_bytes = K::PANEL * size_of::<T::Acc>();
         let block_k = blocking
@@ -108,8 +104,7 @@ impl Plan {
         };
         let block_q = panels.clamp(1, rows.div_ceil(K::PANEL).max(1)) * K::PANEL;
         let row_blocks = rows.div_ceil(block_q);
-        let plan =
-            Self { rows, block_q, block_k, row_blocks, tasks: row_blocks * heads, heads, kv_heads: shape.num_kv_heads };
+        let plan = Self { rows, block_q, block_k, row_blocks, tasks: row_blocks * heads, heads, kv_heads: shape.num_kv_heads };
         (plan, buffers)
     }
 

@@ -23,7 +23,7 @@ use crate::dtype::Float;
 use crate::math::tile::{HeadRows, TileKernel, VectorTiles};
 use crate::parallel::for_each_tile;
 use crate::simd::{Isa, Level, SimdElement, Task};
-use crate::workspace::with_scratch;
+use crate::workspace::Scratch;
 
 /// Calls of fewer floating-point operations than this are over before another thread would start.
 const SERIAL_FLOPS: usize = 1 << 21;
@@ -36,13 +36,7 @@ struct Prefill<'a, T: SimdElement> {
 }
 
 /// Computes `out` with up to `threads` threads. Results do not depend on how many.
-pub fn forward<T: SimdElement>(
-    args: &ExactArgs<'_, T>,
-    out: &ExactOut<'_, T>,
-    level: Level,
-    threads: usize,
-    blocking: Blocking,
-) {
+pub fn forward<T: SimdElement>(args: &ExactArgs<'_, T>, out: &ExactOut<'_, T>, level: Level, threads: usize, blocking: Blocking) {
     let shape = args.shape;
     let flops = 2
         * (shape.batch * shape.num_heads * shape.seqlen_q)
@@ -89,32 +83,32 @@ impl<T: SimdElement> Prefill<'_, T> {
         let panels = rows.div_ceil(K::PANEL);
         let last_token = (first_row + rows - 1) / group;
         let key_end = self.args.mask.key_limit(last_token, shape.seqlen_k);
-        with_scratch::<T::Acc, _>(buffers.total(panels), |scratch| {
-            let (packed_keys, scratch) = scratch.split_at_mut(buffers.keys);
-            let (packed_values, scratch) = scratch.split_at_mut(buffers.values);
-            let (scores, scratch) = scratch.split_at_mut(buffers.scores);
-            let (lanes, state) = scratch.split_at_mut(3 * buffers.lanes);
+        let total = buffers.total(panels);
+        let mut scratch = Scratch::take::<T::Acc>(total);
+        let (packed_keys, scratch) = scratch.as_mut_slice()[..total].split_at_mut(buffers.keys);
+        let (packed_values, scratch) = scratch.split_at_mut(buffers.values);
+        let (scores, scratch) = scratch.split_at_mut(buffers.scores);
+        let (lanes, state) = scratch.split_at_mut(3 * buffers.lanes);
+        for (p, state) in state.chunks_exact_mut(buffers.per_panel()).enumerate() {
+            self.panel::<I, K>(&buffers, state, (batch, kv_head), first_row, rows, p).start();
+        }
+        for first_key in (0..key_end).step_by(plan.block_k) {
+            let count = plan.block_k.min(key_end - first_key);
+            let block = |tensor| HeadRows { tensor, batch, head: kv_head, first: first_key, count };
+            K::pack_keys(&block(self.args.k), shape.head_dim, packed_keys);
+            let finite = K::pack_values(&block(self.args.v), shape.head_dim_v, packed_values);
             for (p, state) in state.chunks_exact_mut(buffers.per_panel()).enumerate() {
-                self.panel::<I, K>(&buffers, state, (batch, kv_head), first_row, rows, p).start();
-            }
-            for first_key in (0..key_end).step_by(plan.block_k) {
-                let count = plan.block_k.min(key_end - first_key);
-                let block = |tensor| HeadRows { tensor, batch, head: kv_head, first: first_key, count };
-                K::pack_keys(&block(self.args.k), shape.head_dim, packed_keys);
-                let finite = K::pack_values(&block(self.args.v), shape.head_dim_v, packed_values);
-                for (p, state) in state.chunks_exact_mut(buffers.per_panel()).enumerate() {
-                    let mut panel = self.panel::<I, K>(&buffers, state, (batch, kv_head), first_row, rows, p);
-                    let cut = Cut::new(&panel, first_key, count);
-                    if cut.is_empty() {
-                        continue;
-                    }
-                    panel.attend(&cut, finite, (packed_keys, packed_values), scores, lanes);
+                let mut panel = self.panel::<I, K>(&buffers, state, (batch, kv_head), first_row, rows, p);
+                let cut = Cut::new(&panel, first_key, count);
+                if cut.is_empty() {
+                    continue;
                 }
+                panel.attend(&cut, finite, (packed_keys, packed_values), scores, lanes);
             }
-            for (p, state) in state.chunks_exact_mut(buffers.per_panel()).enumerate() {
-                self.panel::<I, K>(&buffers, state, (batch, kv_head), first_row, rows, p).finish(self.out);
-            }
-        });
+        }
+        for (p, state) in state.chunks_exact_mut(buffers.per_panel()).enumerate() {
+            self.panel::<I, K>(&buffers, state, (batch, kv_head), first_row, rows, p).finish(self.out);
+        }
     }
 
     #[inline(always)]

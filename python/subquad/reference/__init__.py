@@ -1,0 +1,8 @@
+"""Oracles: every operator in NumPy float64, in the words of its equation. They import nothing but NumPy and are never fast.
+
+Inputs of any floating dtype are widened exactly; results are float64.
+"""
+
+from .exact import attention, scaled_dot_product_attention
+
+__all__ = ["attention", "scaled_dot_product_attention"]
