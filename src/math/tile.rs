@@ -15,7 +15,7 @@
 //! | accumulator | `[head_dim_v, W]` |
 
 use crate::dtype::Float;
-use crate::simd::{Isa, SimdElement, Vector, VectorKernel, tile};
+use crate::simd::{Isa, SimdElement, Vector, VectorKernel, prefetch, tile};
 use crate::tensor::Tensor;
 use crate::workspace::padded;
 use std::marker::PhantomData;
@@ -36,11 +36,26 @@ pub struct HeadRows<'a, T> {
     pub count: usize,
 }
 
-impl<'a, T> HeadRows<'a, T> {
+impl<'a, T: Copy> HeadRows<'a, T> {
     /// Row `i < count`.
     #[inline(always)]
     pub fn get(&self, i: usize) -> &'a [T] {
         self.tensor.row(self.batch, self.first + i, self.head)
+    }
+
+    /// The same head's rows that follow, up to `limit` tokens in all.
+    #[inline(always)]
+    pub fn following(&self, limit: usize) -> Self {
+        let first = self.first + self.count;
+        Self { first, count: self.count.min(limit.saturating_sub(first)), ..*self }
+    }
+
+    /// Starts bringing part `part` of `parts` into the cache.
+    #[inline(always)]
+    pub fn prefetch(&self, part: usize, parts: usize) {
+        for i in self.count * part / parts..self.count * (part + 1) / parts {
+            prefetch(self.get(i));
+        }
     }
 }
 

@@ -11,12 +11,14 @@ mod kernel;
 mod level;
 mod micro;
 mod portable;
+mod prefetch;
 mod probe;
 
 pub use element::SimdElement;
 pub use kernel::{PairDot, VectorKernel, Widen};
 pub use level::Level;
 pub use micro::tile;
+pub use prefetch::prefetch;
 pub use probe::{ProbeKind, peak_flops_loop, sum_bytes};
 
 use crate::dtype::Float;

@@ -14,27 +14,51 @@ pub struct Blocking {
     pub block_k: Option<usize>,
 }
 
-/// Scratch of one task stays below this, so that it is found in L2 and threads stay within their memory budget.
-const SCRATCH_BYTES: usize = 448 * 1024;
+/// Scratch of one task stays below this: what is streamed once per block of keys may lie beyond L2, the packed block itself and
+/// the panel at work fit, and a thread stays within its memory budget.
+const SCRATCH_BYTES: usize = 1200 * 1024;
 /// Scores of one panel and block stay below this, so that they are found in L1.
 const SCORE_BYTES: usize = 18 * 1024;
-/// Tasks per thread that even out what differs between them.
-const TASKS_PER_THREAD: usize = 6;
+/// Tasks that one thread's share of the last heads is cut into, to even out what differs between threads.
+const FINE_TASKS_PER_THREAD: usize = 8;
+/// Panels of a fine task: fewer would spend too much of their time on packing keys and values.
+const FINE_PANELS: usize = 3;
+
+/// A run of key/value heads whose rows are cut alike.
+#[derive(Debug, Clone, Copy)]
+struct Cutting {
+    heads: usize,
+    /// Rows of one task, a multiple of the panel.
+    block_q: usize,
+    /// Tasks of one head.
+    row_blocks: usize,
+}
+
+impl Cutting {
+    /// Cuts heads of `rows` rows into about `row_blocks` tasks each, as even as panels allow.
+    fn new(heads: usize, rows: usize, row_blocks: usize, panel: usize) -> Self {
+        let panels = rows.div_ceil(panel);
+        let block_q = panels.div_ceil(row_blocks.clamp(1, panels.max(1))).max(1) * panel;
+        Self { heads, block_q, row_blocks: rows.div_ceil(block_q) }
+    }
+
+    fn tasks(&self) -> usize {
+        self.heads * self.row_blocks
+    }
+}
 
 /// The cut.
+///
+/// Every task packs the keys and values anew, so tasks are as large as the scratch allows; but the last heads are cut finely, so
+/// that threads finish together.
 #[derive(Debug, Clone, Copy)]
 pub struct Plan {
     /// Query rows of one key/value head: `(token, head of the group)`, token by token.
-    pub rows: usize,
-    /// Rows of one task, a multiple of the panel.
-    pub block_q: usize,
+    rows: usize,
     /// Keys of one block.
     pub block_k: usize,
-    /// Row blocks of one key/value head.
-    pub row_blocks: usize,
-    /// Tasks of the call.
-    pub tasks: usize,
-    heads: usize,
+    coarse: Cutting,
+    fine: Cutting,
     kv_heads: usize,
 }
 
@@ -80,8 +104,8 @@ impl Buffers {
 }
 
 impl Plan {
-    /// Cuts a call. Block sizes never change results, except that `block_k` groups the sums over keys: it depends on the shape,
-    /// the level and `blocking` alone.
+    /// Cuts a call. Tasks never change results; `block_k`, which groups the sums over keys, depends on the shape, the level and
+    /// `blocking` alone.
     pub fn new<T: SimdElement, K: TileKernel<T>>(args: &ExactArgs<'_, T>, blocking: Blocking, threads: usize) -> (Self, Buffers) {
         let shape = args.shape;
         let row_bytes = K::PANEL * size_of::<T::Acc>();
@@ -95,24 +119,36 @@ impl Plan {
         let rows = shape.seqlen_q * shape.group();
         let heads = shape.batch * shape.num_kv_heads;
         let fitting = (SCRATCH_BYTES / size_of::<T::Acc>()).saturating_sub(buffers.total(0)) / buffers.per_panel();
-        // Fewer rows make more tasks, which even out better, but every task packs the keys anew.
-        let enough_tasks = (rows * heads).div_ceil(threads * TASKS_PER_THREAD).div_ceil(K::PANEL);
-        let panels = match blocking.block_q {
-            Some(block_q) => block_q.div_ceil(K::PANEL),
-            None if threads > 1 => fitting.min(enough_tasks.max(2)),
-            None => fitting,
+        let most = blocking.block_q.map_or(fitting.max(1) * K::PANEL, |block_q| block_q.next_multiple_of(K::PANEL));
+        let fine_heads = if threads > 1 { threads.min(heads) } else { 0 };
+        let fine_tasks = (threads * FINE_TASKS_PER_THREAD).div_ceil(fine_heads.max(1));
+        let fewest = rows.div_ceil(most);
+        let finest = rows.div_ceil(FINE_PANELS * K::PANEL).max(fewest);
+        let plan = Self {
+            rows,
+            block_k,
+            coarse: Cutting::new(heads - fine_heads, rows, fewest, K::PANEL),
+            fine: Cutting::new(fine_heads, rows, fine_tasks.clamp(fewest, finest), K::PANEL),
+            kv_heads: shape.num_kv_heads,
         };
-        let block_q = panels.clamp(1, rows.div_ceil(K::PANEL).max(1)) * K::PANEL;
-        let row_blocks = rows.div_ceil(block_q);
-        let plan = Self { rows, block_q, block_k, row_blocks, tasks: row_blocks * heads, heads, kv_heads: shape.num_kv_heads };
         (plan, buffers)
     }
 
-    /// `(batch, key/value head, first row, rows)` of a task. The last rows, which see the most keys under a causal mask, come
-    /// first, so that what is left at the end is short.
+    /// Number of tasks of the call.
+    pub fn tasks(&self) -> usize {
+        self.coarse.tasks() + self.fine.tasks()
+    }
+
+    /// `(batch, key/value head, first row, rows)` of a task. Tasks of a head follow each other, so that its keys and values stay
+    /// in the cache; the last rows, which see the most keys under a causal mask, come first, so that what is left at the end is
+    /// short.
     pub fn task(&self, index: usize) -> (usize, usize, usize, usize) {
-        let first = (self.row_blocks - 1 - index / self.heads) * self.block_q;
-        let head = index % self.heads;
-        (head / self.kv_heads, head % self.kv_heads, first, self.block_q.min(self.rows - first))
+        let (cutting, first_head, index) = match index.checked_sub(self.coarse.tasks()) {
+            None => (&self.coarse, 0, index),
+            Some(index) => (&self.fine, self.coarse.heads, index),
+        };
+        let head = first_head + index / cutting.row_blocks;
+        let first = (cutting.row_blocks - 1 - index % cutting.row_blocks) * cutting.block_q;
+        (head / self.kv_heads, head % self.kv_heads, first, cutting.block_q.min(self.rows - first))
     }
 }

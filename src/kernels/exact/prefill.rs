@@ -58,7 +58,7 @@ struct CountTasks<'a, T: SimdElement> {
 impl<T: SimdElement> Task for CountTasks<'_, T> {
     #[inline(always)]
     fn run<I: Isa>(&self, _index: usize) {
-        self.count.get_or_init(|| self.prefill.plan::<VectorTiles<I>>().0.tasks);
+        self.count.get_or_init(|| self.prefill.plan::<VectorTiles<I>>().0.tasks());
     }
 }
 
@@ -89,15 +89,23 @@ impl<T: SimdElement> Prefill<'_, T> {
         let (packed_values, scratch) = scratch.split_at_mut(buffers.values);
         let (scores, scratch) = scratch.split_at_mut(buffers.scores);
         let (lanes, state) = scratch.split_at_mut(3 * buffers.lanes);
+        let first = 0;
+        let count = plan.block_k.min(key_end);
+        let mut keys = HeadRows { tensor: self.args.k, batch, head: kv_head, first, count };
+        let mut values = HeadRows { tensor: self.args.v, batch, head: kv_head, first, count };
         for (p, state) in state.chunks_exact_mut(buffers.per_panel()).enumerate() {
+            keys.prefetch(p, panels);
+            values.prefetch(p, panels);
             self.panel::<I, K>(&buffers, state, (batch, kv_head), first_row, rows, p).start();
         }
-        for first_key in (0..key_end).step_by(plan.block_k) {
-            let count = plan.block_k.min(key_end - first_key);
-            let block = |tensor| HeadRows { tensor, batch, head: kv_head, first: first_key, count };
-            K::pack_keys(&block(self.args.k), shape.head_dim, packed_keys);
-            let finite = K::pack_values(&block(self.args.v), shape.head_dim_v, packed_values);
+        while keys.count > 0 {
+            K::pack_keys(&keys, shape.head_dim, packed_keys);
+            let finite = K::pack_values(&values, shape.head_dim_v, packed_values);
+            let (first_key, count) = (keys.first, keys.count);
+            (keys, values) = (keys.following(key_end), values.following(key_end));
             for (p, state) in state.chunks_exact_mut(buffers.per_panel()).enumerate() {
+                keys.prefetch(p, panels);
+                values.prefetch(p, panels);
                 let mut panel = self.panel::<I, K>(&buffers, state, (batch, kv_head), first_row, rows, p);
                 let cut = Cut::new(&panel, first_key, count);
                 if cut.is_empty() {
