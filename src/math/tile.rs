@@ -112,14 +112,15 @@ pub trait TileKernel<T: SimdElement>: 'static {
 /// Register tiles of vectors.
 pub struct VectorTiles<I>(PhantomData<I>);
 
-/// Three vectors of queries by eight keys fill 32 registers with 24 accumulators, three columns and a broadcast; by four, 16
-/// registers with 12.
-const VECTORS: usize = 3;
-const LONG: usize = 8;
-const SHORT: usize = 4;
+/// Keys of a register tile and vectors of queries: with 32 registers, 8 by 3 fill 24 accumulators, three columns and a broadcast.
+const LONG: (usize, usize) = (8, 3);
+/// With 16 registers, 6 by 2 leave two columns and two broadcasts; 4 by 3 would need one register more, and the accumulator that
+/// the compiler then keeps in memory halves the speed.
+const SHORT: (usize, usize) = (6, 2);
 
 impl<I: Isa> VectorTiles<I> {
-    const STEP: usize = if I::REGISTERS >= 32 { LONG } else { SHORT };
+    const STEP: usize = if I::REGISTERS >= 32 { LONG.0 } else { SHORT.0 };
+    const VECTORS: usize = if I::REGISTERS >= 32 { LONG.1 } else { SHORT.1 };
 
     /// Elements of a packed row of `dim` operands: whole vectors, and one cache line more so that rows do not share cache sets.
     #[inline(always)]
@@ -129,8 +130,8 @@ impl<I: Isa> VectorTiles<I> {
 }
 
 impl<T: SimdElement, I: Isa> TileKernel<T> for VectorTiles<I> {
-    const VECTORS: usize = VECTORS;
-    const PANEL: usize = VECTORS * T::V::<I>::LANES;
+    const VECTORS: usize = Self::VECTORS;
+    const PANEL: usize = Self::VECTORS * T::V::<I>::LANES;
     const KEY_STEP: usize = Self::STEP;
     const DEPTH: usize = T::Kernel::<I>::DEPTH;
 
@@ -144,7 +145,7 @@ impl<T: SimdElement, I: Isa> TileKernel<T> for VectorTiles<I> {
         block_k.div_ceil(T::Kernel::<I>::DEPTH) * Self::stride::<T>(head_dim_v)
     }
     fn acc_rows(head_dim_v: usize) -> usize {
-        padded::<T::Acc>(head_dim_v)
+        padded::<T::Acc>(head_dim_v.next_multiple_of(Self::STEP))
     }
 
     #[inline(always)]
@@ -153,7 +154,7 @@ impl<T: SimdElement, I: Isa> TileKernel<T> for VectorTiles<I> {
         let panel = <Self as TileKernel<T>>::PANEL;
         let depth = T::Kernel::<I>::DEPTH;
         let operands = head_dim.div_ceil(depth);
-        for v in 0..VECTORS {
+        for v in 0..Self::VECTORS {
             for d in (0..operands).step_by(lanes) {
                 let mut block = T::V::<I>::zero_block();
                 for (i, column) in block.as_mut().iter_mut().enumerate() {
@@ -226,12 +227,11 @@ impl<T: SimdElement, I: Isa> TileKernel<T> for VectorTiles<I> {
         let skip = vectors.start * T::V::<I>::LANES;
         let (queries, scores, peaks) = (&queries[skip..], &mut scores[skip..], &mut peaks[skip..]);
         match (Self::STEP, vectors.len()) {
-            (LONG, 3) => score_tiles::<T, I, LONG, 3>(queries, packed_keys, depth, keys, scores, peaks),
-            (LONG, 2) => score_tiles::<T, I, LONG, 2>(queries, packed_keys, depth, keys, scores, peaks),
-            (LONG, 1) => score_tiles::<T, I, LONG, 1>(queries, packed_keys, depth, keys, scores, peaks),
-            (SHORT, 3) => score_tiles::<T, I, SHORT, 3>(queries, packed_keys, depth, keys, scores, peaks),
-            (SHORT, 2) => score_tiles::<T, I, SHORT, 2>(queries, packed_keys, depth, keys, scores, peaks),
-            (SHORT, 1) => score_tiles::<T, I, SHORT, 1>(queries, packed_keys, depth, keys, scores, peaks),
+            (8, 3) => score_tiles::<T, I, 8, 3>(queries, packed_keys, depth, keys, scores, peaks),
+            (8, 2) => score_tiles::<T, I, 8, 2>(queries, packed_keys, depth, keys, scores, peaks),
+            (8, 1) => score_tiles::<T, I, 8, 1>(queries, packed_keys, depth, keys, scores, peaks),
+            (6, 2) => score_tiles::<T, I, 6, 2>(queries, packed_keys, depth, keys, scores, peaks),
+            (6, 1) => score_tiles::<T, I, 6, 1>(queries, packed_keys, depth, keys, scores, peaks),
             (step, count) => unreachable!("{count} vectors by {step} keys"),
         }
     }
@@ -253,12 +253,11 @@ impl<T: SimdElement, I: Isa> TileKernel<T> for VectorTiles<I> {
         let count = keys.end.div_ceil(depth) - first;
         let (alpha, acc) = (alpha.map(|alpha| &alpha[skip..]), &mut acc[skip..]);
         match (Self::STEP, vectors.len()) {
-            (LONG, 3) => value_tiles::<T, I, LONG, 3>(probs, values, head_dim_v, count, alpha, acc),
-            (LONG, 2) => value_tiles::<T, I, LONG, 2>(probs, values, head_dim_v, count, alpha, acc),
-            (LONG, 1) => value_tiles::<T, I, LONG, 1>(probs, values, head_dim_v, count, alpha, acc),
-            (SHORT, 3) => value_tiles::<T, I, SHORT, 3>(probs, values, head_dim_v, count, alpha, acc),
-            (SHORT, 2) => value_tiles::<T, I, SHORT, 2>(probs, values, head_dim_v, count, alpha, acc),
-            (SHORT, 1) => value_tiles::<T, I, SHORT, 1>(probs, values, head_dim_v, count, alpha, acc),
+            (8, 3) => value_tiles::<T, I, 8, 3>(probs, values, head_dim_v, count, alpha, acc),
+            (8, 2) => value_tiles::<T, I, 8, 2>(probs, values, head_dim_v, count, alpha, acc),
+            (8, 1) => value_tiles::<T, I, 8, 1>(probs, values, head_dim_v, count, alpha, acc),
+            (6, 2) => value_tiles::<T, I, 6, 2>(probs, values, head_dim_v, count, alpha, acc),
+            (6, 1) => value_tiles::<T, I, 6, 1>(probs, values, head_dim_v, count, alpha, acc),
             (step, count) => unreachable!("{count} vectors by {step} dimensions"),
         }
     }
@@ -310,7 +309,7 @@ fn score_tiles<T: SimdElement, I: Isa, const M: usize, const N: usize>(
     peaks: &mut [T::Acc],
 ) {
     let lanes = T::V::<I>::LANES;
-    let panel = VECTORS * lanes;
+    let panel = VectorTiles::<I>::VECTORS * lanes;
     let stride = VectorTiles::<I>::stride::<T>(depth);
     let mut highest = [T::V::<I>::splat(T::Acc::NEG_INFINITY); N];
     let mut j = keys.start;
@@ -346,7 +345,7 @@ fn value_tiles<T: SimdElement, I: Isa, const M: usize, const N: usize>(
     acc: &mut [T::Acc],
 ) {
     let lanes = T::V::<I>::LANES;
-    let panel = VECTORS * lanes;
+    let panel = VectorTiles::<I>::VECTORS * lanes;
     let stride = VectorTiles::<I>::stride::<T>(head_dim_v);
     let mut d = 0;
     while d < head_dim_v {

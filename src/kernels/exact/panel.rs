@@ -138,23 +138,27 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
             }
         }
         let scale = scale_base2::<T::Acc>(self.args.scale);
-        let plain = self.args.bias.is_none() && scale >= T::Acc::ZERO;
+        let splat = T::V::<I>::splat;
+        // Otherwise the largest score is not the largest product, and a product of -inf hides no key.
+        let plain = self.args.bias.is_none() && scale > T::Acc::ZERO;
         let mut masked = false;
         for v in 0..cut.vectors {
             let at = v * lanes;
             let cut_here = !plain || cut.full[v] < cut.seen[v];
             masked |= cut_here;
-            let peak =
-                if cut_here { self.modify(cut, v, scores) } else { T::V::<I>::load(&peaks[at..]).mul(T::V::<I>::splat(scale)) };
+            let (peak, scale) = match (plain, cut_here) {
+                (true, false) => (T::V::<I>::load(&peaks[at..]).mul(splat(scale)), splat(scale)),
+                (true, true) => (self.hide(cut, v, scores).mul(splat(scale)), splat(scale)),
+                (false, _) => (self.modify(cut, v, scores), splat(T::Acc::from_f64(1.0))),
+            };
             let step = step::<T, I>(T::V::<I>::load(&self.m[at..]), peak);
             step.m.store(&mut self.m[at..]);
             step.alpha.store(&mut alphas[at..]);
             let mut column = Column { rows: &mut scores[at..], stride: K::PANEL };
             let sum = if cut_here {
-                let one = T::V::<I>::splat(T::Acc::from_f64(1.0));
-                probabilities::<T, I, true>(&mut column, cut.seen[v], one, step.base)
+                probabilities::<T, I, true>(&mut column, cut.seen[v], scale, step.base)
             } else {
-                probabilities::<T, I, false>(&mut column, cut.seen[v], T::V::<I>::splat(scale), step.base)
+                probabilities::<T, I, false>(&mut column, cut.seen[v], scale, step.base)
             };
             T::V::<I>::load(&self.l[at..]).mul_add(step.alpha, sum).store(&mut self.l[at..]);
         }
@@ -171,6 +175,38 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
         }
     }
 
+    /// Number of the block's keys that each query of vector `v` sees.
+    #[inline(always)]
+    fn limits(&self, cut: &Cut, v: usize) -> T::V<I> {
+        let lanes = T::V::<I>::LANES;
+        let mut limits = [T::Acc::ZERO; MAX_LANES];
+        for (lane, limit) in limits[..lanes].iter_mut().enumerate() {
+            let lane = (v * lanes + lane).min(self.rows - 1);
+            *limit = T::Acc::from_f64(self.key_limit(lane).saturating_sub(cut.first_key) as f64);
+        }
+        T::V::<I>::load(&limits)
+    }
+
+    /// Turns the scores of hidden keys of vector `v` into `-inf`; returns the maximum of the others.
+    #[inline(always)]
+    fn hide(&self, cut: &Cut, v: usize, scores: &mut [T::Acc]) -> T::V<I> {
+        let at = v * T::V::<I>::LANES;
+        let lowest = T::V::<I>::splat(T::Acc::NEG_INFINITY);
+        let limits = self.limits(cut, v);
+        let mut peak = lowest;
+        for j in 0..cut.full[v] {
+            peak = peak.max(T::V::<I>::load(&scores[j * K::PANEL + at..]));
+        }
+        for j in cut.full[v]..cut.seen[v] {
+            let row = &mut scores[j * K::PANEL + at..];
+            let position = T::V::<I>::splat(T::Acc::from_f64(j as f64));
+            let s = limits.select_gt(position, T::V::<I>::load(row), lowest);
+            peak = peak.max(s);
+            s.store(row);
+        }
+        peak
+    }
+
     /// Turns the raw scores of vector `v` into scaled, biased, masked ones in base 2; returns their maximum.
     #[inline(always)]
     fn modify(&self, cut: &Cut, v: usize, scores: &mut [T::Acc]) -> T::V<I> {
@@ -179,12 +215,7 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
         let lowest = splat(T::Acc::NEG_INFINITY);
         let scale = splat(scale_base2::<T::Acc>(self.args.scale));
         let base2 = splat(T::Acc::from_f64(std::f64::consts::LOG2_E));
-        let mut limits = [T::Acc::ZERO; MAX_LANES];
-        for (lane, limit) in limits[..lanes].iter_mut().enumerate() {
-            let lane = (v * lanes + lane).min(self.rows - 1);
-            *limit = T::Acc::from_f64(self.key_limit(lane).saturating_sub(cut.first_key) as f64);
-        }
-        let limits = T::V::<I>::load(&limits);
+        let limits = self.limits(cut, v);
         let mut peak = lowest;
         for j in (0..cut.seen[v]).step_by(lanes) {
             let count = lanes.min(cut.seen[v] - j);
