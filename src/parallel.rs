@@ -148,7 +148,7 @@ pub fn rows_are_disjoint(shape: [usize; 4], strides: [usize; 3]) -> bool {
         if stride < reach {
             return shape.contains(&0);
         }
-        reach = stride * (n - 1) + reach;
+        reach += stride * (n - 1);
     }
     true
 }

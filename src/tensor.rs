@@ -165,7 +165,7 @@ mod tests {
         let data: Vec<f32> = (0u16..48).map(f32::from).collect();
         let t = Tensor::new("q", &data, [1, 2, 3, 4], [0, 4, 16]).unwrap();
         assert_eq!(t.row(0, 1, 2), &[36.0, 37.0, 38.0, 39.0]);
-        assert_eq!(t.view()[[0, 1, 2, 3]], 39.0);
+        assert_eq!(t.view()[[0, 1, 2, 3]].to_bits(), 39f32.to_bits());
     }
 
     #[test]

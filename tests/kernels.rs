@@ -1,4 +1,5 @@
 //! Exact attention: every level, blocking and thread count against the naive form.
+#![allow(clippy::float_cmp, reason = "exact values are meant")]
 
 use half::{bf16, f16};
 use proptest::prelude::*;

@@ -1,4 +1,5 @@
 //! Primitives at every level against f64, within bounds computed from the data.
+#![allow(clippy::float_cmp, reason = "exact values are meant")]
 
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -164,13 +165,16 @@ fn nan_goes_where_the_contract_says() {
     }
 }
 
+/// Scores, accumulator, and the panel's width.
+type Results<A> = (Vec<A>, Vec<A>, usize);
+
 /// Both products of one panel and block.
 struct Products<'a, T: SimdElement> {
     q: &'a [T],
     k: &'a [T],
     v: &'a [T],
     dims: (usize, usize),
-    out: &'a RefCell<(Vec<T::Acc>, Vec<T::Acc>, usize)>,
+    out: &'a RefCell<Results<T::Acc>>,
 }
 impl<T: SimdElement> Task for Products<'_, T> {
     #[inline(always)]

@@ -137,10 +137,8 @@ fn best_rate(py: Python<'_>, threads: usize, seconds: f64, round: impl Fn() -> f
             let work = std::sync::Mutex::new(0f64);
             let start = Instant::now();
             let each = EachThread(|| {
-                *work.lock().unwrap_or_else(std::sync::PoisonError::into_inner) += {
-                    let done = round();
-                    done
-                }
+                let done = round();
+                *work.lock().unwrap_or_else(std::sync::PoisonError::into_inner) += done;
             });
             for_each_tile(Level::Scalar, threads, threads, &each);
             let elapsed = start.elapsed().as_secs_f64();

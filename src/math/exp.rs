@@ -9,9 +9,9 @@ use crate::simd::{Isa, SimdElement, Vector};
 pub fn exp2<T: SimdElement, I: Isa>(x: T::V<I>) -> T::V<I> {
     // The operand order of `max` keeps a NaN.
     let (f, token) = T::V::<I>::splat(T::V::<I>::EXP2_FLOOR).max(x).split_exponent();
-    let (&last, rest) = T::EXP2.split_last().expect("a polynomial has coefficients");
-    let mut sum = T::V::<I>::splat(last);
-    for &c in rest.iter().rev() {
+    let degree = T::EXP2.len() - 1;
+    let mut sum = T::V::<I>::splat(T::EXP2[degree]);
+    for &c in T::EXP2[..degree].iter().rev() {
         sum = sum.mul_add(f, T::V::<I>::splat(c));
     }
     sum.scale_exponent(token)

@@ -2,6 +2,7 @@
 //!
 //! FMA: 2 per cycle, latency 4 (Zen 2 to 5, Haswell and later). Loads: 2 per cycle (Zen 3 and later: 3).
 #![expect(unsafe_code, reason = "intrinsics")]
+#![allow(clippy::wildcard_imports, reason = "intrinsics")]
 #![expect(
     clippy::undocumented_unsafe_blocks,
     reason = "one argument serves all: `Avx2` methods run only below `enter`, whose caller proved the features, \

@@ -3,6 +3,7 @@
 //! FMA: 2 per cycle, latency 4 (Skylake-SP and later, Zen 5; Zen 4: 1). `vdpbf16ps`: latency 5 to 6; 2 per cycle on Zen 5, 1 on
 //! Zen 4 and on Intel. `vscalefps` and `vrndscaleps` are one to two operations each and need no exponent arithmetic.
 #![expect(unsafe_code, reason = "intrinsics")]
+#![allow(clippy::wildcard_imports, reason = "intrinsics")]
 #![expect(
     clippy::undocumented_unsafe_blocks,
     reason = "one argument serves all: the methods run only below `enter` and `enter_bf16`, whose callers proved the features, \
@@ -314,7 +315,7 @@ impl Bf16Pairs for Avx512Bf16 {
     #[inline(always)]
     fn dot(a: F32x16, b: F32x16, acc: F32x16) -> F32x16 {
         // SAFETY: `__m512bh` and `__m512` are 512 bits without invalid values.
-        let [a, b]: [__m512bh; 2] = unsafe { [std::mem::transmute(a.0), std::mem::transmute(b.0)] };
+        let (a, b) = unsafe { (std::mem::transmute::<__m512, __m512bh>(a.0), std::mem::transmute::<__m512, __m512bh>(b.0)) };
         F32x16(unsafe { _mm512_dpbf16_ps(acc.0, a, b) })
     }
     #[inline(always)]

@@ -23,10 +23,12 @@ pub trait SimdElement: Element {
 /// Relative error 7.5e-8.
 const EXP2_F32: &[f32] = &[1.000_000_1, 0.693_146_97, 0.240_221_2, 0.055_507_133, 0.009_675_541, 0.001_327_647_2];
 /// Relative error 2.6e-6.
+#[expect(clippy::excessive_precision, reason = "coefficients")]
 const EXP2_F16: &[f32] = &[0.999_999_26, 0.693_121_8, 0.240_247_45, 0.055_917_86, 0.009_570_102];
 /// Relative error 7.5e-5.
 const EXP2_BF16: &[f32] = &[0.999_928_1, 0.693_260_99, 0.242_611_12, 0.055_171_67];
 /// Relative error 3.1e-18.
+#[expect(clippy::excessive_precision, clippy::approx_constant, reason = "coefficients")]
 const EXP2_F64: &[f64] = &[
     1.0,
     0.693_147_180_559_945_33,

@@ -26,15 +26,15 @@ pub fn tile<T: SimdElement, K: VectorKernel<T>, const M: usize, const N: usize>(
     let mut a_at = a.as_ptr();
     for _ in 0..depth {
         let mut columns = [K::V::splat(<T::Acc as crate::dtype::Float>::ZERO); N];
-        for v in 0..N {
+        for (v, column) in columns.iter_mut().enumerate() {
             // SAFETY: `b_at` is at step `d <= last`, so `v * LANES + LANES <= N * LANES` elements from it are within `b`.
-            columns[v] = K::V::load(unsafe { std::slice::from_raw_parts(b_at.add(v * K::V::LANES), K::V::LANES) });
+            *column = K::V::load(unsafe { std::slice::from_raw_parts(b_at.add(v * K::V::LANES), K::V::LANES) });
         }
-        for i in 0..M {
+        for (i, acc) in acc.iter_mut().enumerate() {
             // SAFETY: `a_at` is at step `d <= last`, and `i <= M - 1`.
             let x = K::V::splat(unsafe { *a_at.add(i * a_row) });
-            for v in 0..N {
-                acc[i][v] = K::mul_acc(x, columns[v], acc[i][v]);
+            for (sum, &column) in acc.iter_mut().zip(&columns) {
+                *sum = K::mul_acc(x, column, *sum);
             }
         }
         a_at = a_at.wrapping_add(a_step);

@@ -8,7 +8,7 @@ use ndarray::Axis;
 pub fn forward<T: Element>(args: &ExactArgs<'_, T>, out: &ExactOut<'_, T>) {
     let (q, k, v) = (args.q.view(), args.k.view(), args.v.view());
     let group = args.shape.group();
-    for ((batch, token, head), _) in ndarray::Array3::<()>::default(q.dim_without_width()).indexed_iter() {
+    for ((batch, token, head), ()) in ndarray::Array3::<()>::default(q.dim_without_width()).indexed_iter() {
         let keys = args.mask.key_limit(token, args.shape.seqlen_k);
         let mut bias = vec![T::Acc::ZERO; keys];
         args.bias.read([batch, head, token], 0, &mut bias);

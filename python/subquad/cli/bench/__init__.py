@@ -11,18 +11,14 @@ import argparse
 from importlib import import_module
 from pathlib import Path
 
-from subquad.cli.arguments import (
-    add_threads_and_json,
-    check_writable,
-    positive_float,
-    positive_int,
-    write_json,
-)
+from subquad.cli.arguments import add_threads_and_json, positive_float, positive_int
 from subquad.cli.bench.outcome import Outcome, Settings
 from subquad.cli.bench.registry import BENCHES
-from subquad.cli.bench.shapes import DEFAULT_PATH
-from subquad.cli.errors import UserError, missing_modules
+from subquad.cli.bench.shape_file import DEFAULT_PATH
+from subquad.cli.dependencies import missing_modules
+from subquad.cli.errors import UserError
 from subquad.cli.progress import open_progress
+from subquad.cli.result_file import check_writable, write_json
 
 DEFAULT_RECORD = Path("benches/record")
 
@@ -86,31 +82,34 @@ def execute(options: argparse.Namespace) -> int:
     """
     if unknown := set(options.names) - set(BENCHES):
         raise UserError(f"unknown benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHES)}")
-    check_writable(options.json)
     settings = _settings(options)
-    benches = [BENCHES[name] for name in options.names or BENCHES]
-    modules = {bench.name: import_module(bench.module) for bench in benches}
-    planned = {name: module.plan(settings) for name, module in modules.items()}
-    if not any(planned.values()):
+    modules = {name: import_module(BENCHES[name].module) for name in options.names or BENCHES}
+    cases = {name: module.plan(settings) for name, module in modules.items()}
+    if not any(cases.values()):
         raise UserError(f"--filter: no shape matches {options.filter!r}")
     if options.list:
-        for name, cases in planned.items():
-            print(*(f"{name} {shape.name}/{dtype}" for shape, dtype in cases), sep="\n")
+        for name, planned in cases.items():
+            for shape, dtype in planned:
+                print(f"{name} {shape.name}/{dtype}")
         return 0
 
     from subquad.cli.bench import record
 
+    if options.json is not None:
+        check_writable(options.json)
+    csv_path = None if options.record is None else record.prepare(options.record)
     outcomes: list[Outcome] = []
     with open_progress() as progress:
         if not settings.use_torch and not options.no_torch:
             progress.note('torch is not installed: nothing to compare with. pip install "subquad[bench]"')
-        for name, cases in planned.items():
-            if cases:
-                outcomes.append(modules[name].run(cases, settings, progress))
+        for name, planned in cases.items():
+            if planned:
+                outcomes.append(modules[name].run(planned, settings, progress))
     for outcome in outcomes:
         outcome.print()
-    if options.record is not None:
-        print(f"\nrecorded in {record.append(options.record, outcomes)}")
+    if csv_path is not None:
+        record.append(csv_path, outcomes)
+        print(f"\nrecorded in {csv_path}")
     if options.json is not None:
         write_json(options.json, record.as_document(outcomes))
     return 1 if any(outcome.failures for outcome in outcomes) else 0

@@ -1,6 +1,7 @@
 """The contenders: subquad, torch's SDPA, and the probe of the machine's peak."""
 
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import subquad
@@ -9,7 +10,10 @@ from subquad.cli.bench.shapes import Shape
 from subquad.cli.bench.tensors import Inputs
 from subquad.cli.bench.timing import Contender, timed
 
-_PROBE_SECONDS = 0.02
+# The probe reports the best of its time. The median of a few is neither a lucky moment of the clock nor one
+# in which another process had the core.
+_PROBE_SECONDS = 0.01
+_PROBES = 3
 # The unit that a dtype's products run on: float16 is widened to float32.
 _PEAK_KINDS = {"float32": "f32", "float16": "f32", "float64": "f64", "bfloat16": "bf16"}
 
@@ -41,7 +45,7 @@ def peak(kind: str, threads: int, *, use_torch: bool) -> Contender:
     """Returns the probe of the machine's peak, in flops per second."""
     return Contender(
         f"peak/{threads}",
-        lambda: _native.probe_peak(kind, None, _PROBE_SECONDS, threads),
+        lambda: median(_native.probe_peak(kind, None, _PROBE_SECONDS, threads) for _ in range(_PROBES)),
         lambda: set_threads(threads, use_torch=use_torch),
     )
 
@@ -52,28 +56,23 @@ def ours_call(shape: Shape, inputs: Inputs) -> Callable[[], Any]:
     return lambda: subquad.attention(q, k, v, causal=shape.causal)
 
 
-def _sdpa_call(function: Callable[..., Any], shape: Shape, inputs: Inputs) -> Callable[[], Any]:
-    q, k, v = (tensor.transpose(1, 2).contiguous() for tensor in inputs)
-    grouped = shape.heads != shape.kv_heads
-    return lambda: function(q, k, v, is_causal=shape.causal, enable_gqa=grouped)
+def sdpa_calls(shape: Shape, inputs: Inputs) -> tuple[Callable[[], Any], Callable[[], Any]] | None:
+    """Returns a call of our SDPA and one of torch's, on the same values.
 
-
-def ours_sdpa_call(shape: Shape, inputs: Inputs) -> Callable[[], Any]:
-    """Returns a call of `subquad.scaled_dot_product_attention` on the inputs that `torch_call` has."""
-    return _sdpa_call(subquad.scaled_dot_product_attention, shape, inputs)
-
-
-def torch_call(shape: Shape, inputs: Inputs) -> Callable[[], Any] | None:
-    """Returns a call of torch's SDPA on the same values, contiguous in torch's own order `[B, H, S, D]`.
-
-    Its result is in that order too. `None` for what torch cannot do without a mask: causal with unequal
-    lengths.
+    Inputs and results are contiguous in torch's order `[B, H, S, D]`. `None` for what torch cannot do without
+    a mask, causal with unequal lengths: its `is_causal` aligns top-left.
     """
     if shape.causal and shape.queries != shape.keys:
         return None
     from torch.nn import functional
 
-    return _sdpa_call(functional.scaled_dot_product_attention, shape, inputs)
+    q, k, v = (tensor.transpose(1, 2).contiguous() for tensor in inputs)
+    options = {"is_causal": shape.causal, "enable_gqa": shape.heads != shape.kv_heads}
+
+    def bind(function: Callable[..., Any]) -> Callable[[], Any]:
+        return lambda: function(q, k, v, **options)
+
+    return bind(subquad.scaled_dot_product_attention), bind(functional.scaled_dot_product_attention)
 
 
 def attention(name: str, call: Callable[[], Any], threads: int, *, use_torch: bool) -> Contender:

@@ -7,7 +7,8 @@ from statistics import median
 from subquad import _native
 from subquad.cli.bench import contenders, tensors, verify
 from subquad.cli.bench.outcome import Outcome, Settings
-from subquad.cli.bench.shapes import ExactShape, load, select
+from subquad.cli.bench.shape_file import load, select
+from subquad.cli.bench.shapes import ExactShape
 from subquad.cli.bench.timing import interleave, paired_ratio
 from subquad.cli.machine import cpu_name
 from subquad.cli.progress import Progress
@@ -31,6 +32,24 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """What more threads bring, each pair from one round.
+
+    The machine itself rarely doubles its rate with its threads (shared cores, a lower clock, other
+    processes); the probe's own scaling says how much there was to be had in these rounds.
+
+    Attributes:
+        base: The thread count that is compared with.
+        ours: Median of the seconds with `base` threads / the seconds with more.
+        peak: The same for the machine's peak: its rate with more threads / its rate with `base`.
+    """
+
+    base: int
+    ours: float
+    peak: float
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One row: a shape and dtype at one thread count.
 
@@ -43,6 +62,7 @@ class Measurement:
         peak_kind: What that peak is of: `"f32"`, `"f64"` or `"bf16"`.
         peak_share: Median of useful flops per second / peak, each pair from one round.
         torch_ratio: Median of torch's seconds / ours, each pair from one round; `None` without torch.
+        scaling: Comparison with the shape's first thread count; `None` for that one itself.
         floor: Least share that is asked for at this level and thread count, if any.
         error: Largest absolute error of the rows that were checked.
         failure: What is wrong with the result; empty if nothing.
@@ -56,6 +76,7 @@ class Measurement:
     peak_kind: str
     peak_share: float
     torch_ratio: float | None
+    scaling: Scaling | None
     floor: float | None
     error: float
     failure: str
@@ -77,8 +98,16 @@ def _floor(shape: ExactShape, dtype: str, threads: int, level: str) -> float | N
     return None if percent is None else percent / 100
 
 
-def measure(shape: ExactShape, dtype: str, settings: Settings) -> tuple[list[Measurement], dict[int, float]]:
-    """Measures a shape in one dtype, all its thread counts in turn, and checks its result.
+def _scaling(samples: Mapping[str, Sequence[float]], base: int, count: int) -> Scaling:
+    return Scaling(
+        base,
+        ours=paired_ratio(samples[f"subquad/{base}"], samples[f"subquad/{count}"]),
+        peak=paired_ratio(samples[f"peak/{count}"], samples[f"peak/{base}"]),
+    )
+
+
+def measure(shape: ExactShape, dtype: str, settings: Settings) -> list[Measurement]:
+    """Measures a shape in one dtype, all its thread counts in turn, and checks its result at each.
 
     Args:
         shape: The shape.
@@ -86,12 +115,12 @@ def measure(shape: ExactShape, dtype: str, settings: Settings) -> tuple[list[Mea
         settings: How to measure.
 
     Returns:
-        A measurement for each thread count, and for each count after the first the paired speed-up over the
-        first.
+        A measurement for each thread count.
     """
     inputs = tensors.make_inputs(shape, dtype, use_torch=settings.use_torch)
     ours = contenders.ours_call(shape, inputs)
-    theirs = contenders.torch_call(shape, inputs) if settings.use_torch else None
+    sdpa = contenders.sdpa_calls(shape, inputs) if settings.use_torch else None
+    theirs = None if sdpa is None else sdpa[1]
     kind, level = contenders.peak_kind(dtype), str(_native.config()["level"])
     counts = shape.threads or (settings.threads,)
     field, checks = [], {}
@@ -117,13 +146,20 @@ def measure(shape: ExactShape, dtype: str, settings: Settings) -> tuple[list[Mea
                 peak_kind=kind,
                 peak_share=paired_ratio(rates, peaks),
                 torch_ratio=None if theirs is None else paired_ratio(samples[f"torch/{count}"], seconds),
+                scaling=None if count == counts[0] else _scaling(samples, counts[0], count),
                 floor=_floor(shape, dtype, count, level),
                 error=checks[count].error,
                 failure=checks[count].failure,
             )
         )
-    base = samples[f"subquad/{counts[0]}"]
-    return measurements, {count: paired_ratio(base, samples[f"subquad/{count}"]) for count in counts[1:]}
+    return measurements
+
+
+def _scaling_note(one: Measurement, scaling: Scaling) -> str:
+    return (
+        f"{one.shape.name}/{one.dtype}: {scaling.ours:.2f}x from {scaling.base} to {one.threads} threads; "
+        f"the probe: {scaling.peak:.2f}x"
+    )
 
 
 def _row(one: Measurement) -> Sequence[str]:
@@ -156,6 +192,8 @@ def _record(one: Measurement) -> Mapping[str, str | float | int | None]:
         "peak_kind": one.peak_kind,
         "peak_share": one.peak_share,
         "torch_ratio": one.torch_ratio,
+        "scaling": None if one.scaling is None else one.scaling.ours,
+        "peak_scaling": None if one.scaling is None else one.scaling.peak,
         "floor": one.floor,
         "error": one.error,
         "check": one.failure or "ok",
@@ -186,15 +224,14 @@ def run(cases: Sequence[Case], settings: Settings, progress: Progress) -> Outcom
         )
     with progress.stage("exact", total=len(possible)) as stage:
         for shape, dtype in possible:
-            measurements, speedups = measure(shape, dtype, settings)
+            measurements = measure(shape, dtype, settings)
             for one in measurements:
                 outcome.rows.append(_row(one))
                 outcome.records.append(_record(one))
                 if one.failure:
                     outcome.failures.append(f"{shape.name}/{dtype}, {one.threads} threads: {one.failure}")
-            for count, ratio in speedups.items():
-                base = measurements[0].threads
-                outcome.notes.append(f"{shape.name}/{dtype}: {ratio:.2f}x from {base} to {count} threads")
+                if one.scaling is not None:
+                    outcome.notes.append(_scaling_note(one, one.scaling))
             shares = ", ".join(f"{one.peak_share:.1%} of peak" for one in measurements)
             stage.advance(f"{shape.name}/{dtype}: {shares}")
     if any(one["floor"] is not None for one in outcome.records):

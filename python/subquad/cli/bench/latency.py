@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from subquad.cli.bench import contenders, tensors, verify
 from subquad.cli.bench.outcome import Outcome, Settings
-from subquad.cli.bench.shapes import LatencyShape, load, select
+from subquad.cli.bench.shape_file import load, select
+from subquad.cli.bench.shapes import LatencyShape
 from subquad.cli.bench.timing import interleave
 from subquad.cli.machine import cpu_name
 from subquad.cli.progress import Progress
@@ -22,7 +23,15 @@ COLUMNS = (
     Column("limit us"),
     Column("check", text=True),
 )
-_TORCH = "torch's own SDPA"
+
+
+class _Call(NamedTuple):
+    """A way of making the call: what is wrong with its result, and whether the limit is meant for it."""
+
+    name: str
+    function: Callable[[], Any]
+    failure: str
+    limited: bool
 
 
 def plan(settings: Settings) -> list[Case]:
@@ -30,26 +39,31 @@ def plan(settings: Settings) -> list[Case]:
     return select(load("latency", LatencyShape, settings.shapes), settings.pattern)
 
 
-def _calls(
-    shape: LatencyShape, dtype: str, settings: Settings
-) -> tuple[dict[str, Callable[[], Any]], list[str]]:
-    calls: dict[str, Callable[[], Any]] = {}
-    failures = []
-    kinds = {"NumPy": False, "torch": True} if settings.use_torch else {"NumPy": False}
-    for kind, use_torch in kinds.items():
-        if not use_torch and tensors.numpy_dtype(dtype) is None:
-            continue
-        inputs = tensors.make_inputs(shape, dtype, use_torch=use_torch)
-        name = f"subquad.attention, {kind}"
-        calls[name] = contenders.ours_call(shape, inputs)
-        if failure := verify.check(shape, dtype, inputs, calls[name](), None).failure:
-            failures.append(f"{shape.name}/{dtype}, {name}: {failure}")
-        if use_torch:
-            calls["subquad.scaled_dot_product_attention, torch"] = contenders.ours_sdpa_call(shape, inputs)
-            theirs = contenders.torch_call(shape, inputs)
-            if theirs is not None:
-                calls[_TORCH] = theirs
-    return calls, failures
+def _calls(shape: LatencyShape, dtype: str, *, use_torch: bool) -> list[_Call]:
+    """Returns the calls on NumPy arrays or on torch tensors, each tried once."""
+    kind = "torch" if use_torch else "NumPy"
+    limited = shape.limit_us > 0
+    inputs = tensors.make_inputs(shape, dtype, use_torch=use_torch)
+    ours = contenders.ours_call(shape, inputs)
+    failure = verify.check(shape, dtype, inputs, ours(), None).failure
+    calls = [_Call(f"subquad.attention, {kind}", ours, failure, limited)]
+    sdpa = contenders.sdpa_calls(shape, inputs) if use_torch else None
+    if sdpa is not None:
+        ours, theirs = sdpa
+        failure = verify.check(shape, dtype, inputs, ours().transpose(1, 2), theirs()).failure
+        calls.append(_Call("subquad.scaled_dot_product_attention, torch", ours, failure, limited))
+        calls.append(_Call("torch's own SDPA", theirs, "", limited=False))
+    return calls
+
+
+def _row(shape: LatencyShape, dtype: str, call: _Call, seconds: float) -> Sequence[str]:
+    limit = f"{shape.limit_us:g}" if call.limited else "-"
+    verdict = "ok" if call.limited else ""
+    if call.failure:
+        verdict = "WRONG"
+    elif call.limited and seconds * 1e6 > shape.limit_us:
+        verdict = "over"
+    return (shape.name, dtype, call.name, f"{seconds * 1e6:.2f}", limit, verdict)
 
 
 def run(cases: Sequence[Case], settings: Settings, progress: Progress) -> Outcome:
@@ -66,29 +80,30 @@ def run(cases: Sequence[Case], settings: Settings, progress: Progress) -> Outcom
     outcome = Outcome("latency", f"Smallest call, {settings.threads} threads, {cpu_name()}", COLUMNS)
     with progress.stage("latency", total=len(cases)) as stage:
         for shape, dtype in cases:
-            calls, failures = _calls(shape, dtype, settings)
-            outcome.failures += failures
+            contenders.set_threads(settings.threads, use_torch=settings.use_torch)
+            calls = [] if tensors.numpy_dtype(dtype) is None else _calls(shape, dtype, use_torch=False)
+            if settings.use_torch:
+                calls += _calls(shape, dtype, use_torch=True)
             field = [
-                contenders.attention(name, call, settings.threads, use_torch=settings.use_torch)
-                for name, call in calls.items()
+                contenders.attention(call.name, call.function, settings.threads, use_torch=settings.use_torch)
+                for call in calls
             ]
             samples = interleave(field, repeat=settings.repeat, time_budget=settings.time_budget)
-            for name in calls:
-                seconds = median(samples[f"{name}/{settings.threads}"])
-                limited = shape.limit_us > 0 and name != _TORCH
-                within = not limited or seconds * 1e6 <= shape.limit_us
-                verdict = "" if not limited else "ok" if within else "over"
-                limit = f"{shape.limit_us:g}" if limited else "-"
-                outcome.rows.append((shape.name, dtype, name, f"{seconds * 1e6:.2f}", limit, verdict))
+            for call, contender in zip(calls, field, strict=True):
+                seconds = median(samples[contender.name])
+                outcome.rows.append(_row(shape, dtype, call, seconds))
                 outcome.records.append(
                     {
                         "shape": shape.name,
                         "dtype": dtype,
                         "threads": settings.threads,
-                        "call": name,
+                        "call": call.name,
                         "seconds": seconds,
-                        "limit": shape.limit_us * 1e-6 if limited else None,
+                        "limit": shape.limit_us * 1e-6 if call.limited else None,
+                        "check": call.failure or "ok",
                     }
                 )
+                if call.failure:
+                    outcome.failures.append(f"{shape.name}/{dtype}, {call.name}: {call.failure}")
             stage.advance(f"{shape.name}/{dtype}")
     return outcome

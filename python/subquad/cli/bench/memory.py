@@ -13,7 +13,8 @@ from dataclasses import asdict
 
 from subquad.cli.bench import tensors
 from subquad.cli.bench.outcome import Outcome, Settings
-from subquad.cli.bench.shapes import MemoryShape, load, select
+from subquad.cli.bench.shape_file import load, select
+from subquad.cli.bench.shapes import MemoryShape
 from subquad.cli.machine import cpu_name
 from subquad.cli.progress import Progress
 from subquad.cli.table import Column

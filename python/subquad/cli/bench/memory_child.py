@@ -7,7 +7,8 @@ import numpy as np
 
 import subquad
 from subquad.cli.bench import tensors, verify
-from subquad.cli.bench.shapes import MemoryShape, build
+from subquad.cli.bench.shape_file import build
+from subquad.cli.bench.shapes import MemoryShape
 from subquad.cli.peak_memory import peak_memory
 
 

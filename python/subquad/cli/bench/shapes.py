@@ -1,17 +1,24 @@
-"""The named shapes of `shapes.toml`, parsed and checked, with the count of useful work."""
+"""The named shapes of the benchmarks: what each is made of, checked, with the count of useful work."""
 
-import sys
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from subquad.cli.errors import UserError
+from subquad.cli.arguments import MAX_THREADS
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 LEVELS = ("scalar", "avx2", "avx512", "avx512bf16")
-DEFAULT_PATH = Path(__file__).with_name("shapes.toml")
+
+
+def _check_list(name: str, values: Any, is_valid: Callable[[Any], bool], expected: str) -> None:
+    if not isinstance(values, tuple) or not all(map(is_valid, values)) or len(set(values)) < len(values):
+        shown = list(values) if isinstance(values, tuple) else values
+        raise ValueError(f"{name} must be a list of {expected}, none of them twice, got {shown!r}")
+
+
+def _check_limit(name: str, value: Any) -> None:
+    if type(value) not in (int, float) or not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -50,19 +57,28 @@ class Shape:
         Raises:
             ValueError: A size is wrong.
         """
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"name must be text, got {self.name!r}")
         for name, default in (("kv_heads", "heads"), ("keys", "queries"), ("head_dim_v", "head_dim")):
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, getattr(self, default))
-        sizes = ("batch", "heads", "kv_heads", "queries", "keys", "head_dim", "head_dim_v")
-        for name, value in [(name, getattr(self, name)) for name in sizes] + [
-            ("threads", n) for n in self.threads
-        ]:
+        for name in ("batch", "heads", "kv_heads", "queries", "keys", "head_dim", "head_dim_v"):
+            value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
-        if not self.dtypes or not set(self.dtypes) <= set(DTYPES):
-            raise ValueError(f"dtypes must be some of {', '.join(DTYPES)}, got {list(self.dtypes)!r}")
+        if type(self.causal) is not bool:
+            raise ValueError(f"causal must be true or false, got {self.causal!r}")
+        _check_list("dtypes", self.dtypes, lambda dtype: dtype in DTYPES, f"some of {', '.join(DTYPES)}")
+        if not self.dtypes:
+            raise ValueError("dtypes must not be empty")
+        _check_list(
+            "threads",
+            self.threads,
+            lambda count: type(count) is int and 1 <= count <= MAX_THREADS,
+            f"whole numbers from 1 to {MAX_THREADS}",
+        )
 
     @property
     def visible_pairs(self) -> int:
@@ -72,8 +88,7 @@ class Shape:
         # Query i sees the keys up to i + keys - queries: an arithmetic series, clipped at no key and at every
         # key.
         seeing = min(self.queries, self.keys)
-        last = self.keys
-        return seeing * (last + last - seeing + 1) // 2
+        return seeing * (2 * self.keys - seeing + 1) // 2
 
     @property
     def useful_flops(self) -> int:
@@ -100,12 +115,21 @@ class ExactShape(Shape):
             ValueError: A size is wrong, or a floor names an unknown level or dtype.
         """
         super().__post_init__()
+        if type(self.smoke) is not bool:
+            raise ValueError(f"smoke must be true or false, got {self.smoke!r}")
+        if not isinstance(self.floor, Mapping) or not all(
+            isinstance(floors, Mapping) for floors in self.floor.values()
+        ):
+            raise ValueError("floor must give, for a level, a number for a dtype")
         unknown = set(self.floor) - set(LEVELS)
         unknown |= {dtype for floors in self.floor.values() for dtype in floors} - set(self.dtypes)
         if unknown:
             raise ValueError(
                 f"floor names {', '.join(sorted(unknown))}, which is no level or not among dtypes"
             )
+        for floors in self.floor.values():
+            for percent in floors.values():
+                _check_limit("floor", percent)
 
 
 @dataclass(frozen=True)
@@ -118,6 +142,15 @@ class LatencyShape(Shape):
 
     limit_us: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Checks the limit as well.
+
+        Raises:
+            ValueError: A value is wrong.
+        """
+        super().__post_init__()
+        _check_limit("limit_us", self.limit_us)
+
 
 @dataclass(frozen=True)
 class MemoryShape(Shape):
@@ -129,88 +162,11 @@ class MemoryShape(Shape):
 
     limit_mib_per_thread: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Checks the limit as well.
 
-AnyShape = TypeVar("AnyShape", bound=Shape)
-TABLES: dict[str, type[Shape]] = {"exact": ExactShape, "latency": LatencyShape, "memory": MemoryShape}
-
-
-def _parse(path: Path) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        try:
-            import tomli as tomllib
-        except ImportError:
-            raise UserError(
-                'subquad bench needs tomli, which is not installed: pip install "subquad[bench]"'
-            ) from None
-    try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def build(kind: type[AnyShape], entry: dict[str, Any]) -> AnyShape:
-    """Returns the shape that an entry describes.
-
-    Args:
-        kind: Its class.
-        entry: Keys and values as TOML or JSON give them.
-
-    Raises:
-        ValueError: A key is unknown or missing, or a value is wrong.
-    """
-    known = {each.name for each in fields(kind)}
-    if unknown := set(entry) - known:
-        raise ValueError(f"unknown key {', '.join(sorted(unknown))}")
-    needed = {
-        each.name for each in fields(kind) if each.default is MISSING and each.default_factory is MISSING
-    }
-    if missing := needed - set(entry):
-        raise ValueError(f"missing key {', '.join(sorted(missing))}")
-    arguments: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()
-    }
-    return kind(**arguments)
-
-
-def load(table: str, kind: type[AnyShape], path: Path = DEFAULT_PATH) -> tuple[AnyShape, ...]:
-    """Reads one table of a file of shapes.
-
-    Args:
-        table: Its name.
-        kind: The class of its entries.
-        path: The file; by default the one of this package.
-
-    Returns:
-        The shapes in the file's order.
-
-    Raises:
-        UserError: The file cannot be read, or an entry is wrong (the message says which and why).
-    """
-    document = _parse(path)
-    if unknown := set(document) - set(TABLES):
-        raise UserError(f"{path}: unknown table {', '.join(sorted(unknown))}")
-    shapes: list[AnyShape] = []
-    for entry in document.get(table, []):
-        try:
-            shape = build(kind, entry)
-            if any(shape.name == other.name for other in shapes):
-                raise ValueError("the name is used twice")
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path}: {table} {entry.get('name', '(no name)')}: {error}") from error
-        shapes.append(shape)
-    return tuple(shapes)
-
-
-def select(shapes: tuple[AnyShape, ...], pattern: str) -> list[tuple[AnyShape, str]]:
-    """Returns the pairs of shape and dtype whose `name` or `name/dtype` matches a shell pattern."""
-    return [
-        (shape, dtype)
-        for shape in shapes
-        for dtype in shape.dtypes
-        if fnmatchcase(shape.name, pattern) or fnmatchcase(f"{shape.name}/{dtype}", pattern)
-    ]
+        Raises:
+            ValueError: A value is wrong.
+        """
+        super().__post_init__()
+        _check_limit("limit_mib_per_thread", self.limit_mib_per_thread)

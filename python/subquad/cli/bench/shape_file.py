@@ -1,0 +1,99 @@
+"""Reading `shapes.toml`, and selecting from it."""
+
+import sys
+from dataclasses import MISSING, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, TypeVar
+
+from subquad.cli.bench.shapes import ExactShape, LatencyShape, MemoryShape, Shape
+from subquad.cli.errors import UserError
+
+DEFAULT_PATH = Path(__file__).with_name("shapes.toml")
+AnyShape = TypeVar("AnyShape", bound=Shape)
+TABLES: dict[str, type[Shape]] = {"exact": ExactShape, "latency": LatencyShape, "memory": MemoryShape}
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        try:
+            import tomli as tomllib
+        except ImportError:
+            raise UserError(
+                'subquad bench needs tomli, which is not installed: pip install "subquad[bench]"'
+            ) from None
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:  # not TOML, or not even UTF-8
+        raise UserError(f"{path}: {error}") from error
+
+
+def build(kind: type[AnyShape], entry: dict[str, Any]) -> AnyShape:
+    """Returns the shape that an entry describes.
+
+    Args:
+        kind: Its class.
+        entry: Keys and values as TOML or JSON give them.
+
+    Raises:
+        ValueError: A key is unknown or missing, or a value is wrong.
+    """
+    known = {each.name for each in fields(kind)}
+    if unknown := set(entry) - known:
+        raise ValueError(f"unknown key {', '.join(sorted(unknown))}")
+    needed = {
+        each.name for each in fields(kind) if each.default is MISSING and each.default_factory is MISSING
+    }
+    if missing := needed - set(entry):
+        raise ValueError(f"missing key {', '.join(sorted(missing))}")
+    arguments: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()
+    }
+    return kind(**arguments)
+
+
+def load(table: str, kind: type[AnyShape], path: Path = DEFAULT_PATH) -> tuple[AnyShape, ...]:
+    """Reads one table of a file of shapes.
+
+    Args:
+        table: Its name.
+        kind: The class of its entries.
+        path: The file; by default the one of this package.
+
+    Returns:
+        The shapes in the file's order.
+
+    Raises:
+        UserError: The file cannot be read, or an entry is wrong (the message says which and why).
+    """
+    document = _parse(path)
+    if unknown := set(document) - set(TABLES):
+        raise UserError(f"{path}: unknown table {', '.join(sorted(unknown))}")
+    entries = document.get(table, [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"{path}: {table} must be an array of tables, [[{table}]]")
+    shapes: list[AnyShape] = []
+    for entry in entries:
+        try:
+            shape = build(kind, entry)
+            if any(shape.name == other.name for other in shapes):
+                raise ValueError("the name is used twice")
+        except ValueError as error:
+            raise UserError(f"{path}: {table} {entry.get('name', '(no name)')}: {error}") from error
+        shapes.append(shape)
+    return tuple(shapes)
+
+
+def select(shapes: tuple[AnyShape, ...], pattern: str) -> list[tuple[AnyShape, str]]:
+    """Returns the pairs of shape and dtype whose `name` or `name/dtype` matches a shell pattern."""
+    return [
+        (shape, dtype)
+        for shape in shapes
+        for dtype in shape.dtypes
+        if fnmatchcase(shape.name, pattern) or fnmatchcase(f"{shape.name}/{dtype}", pattern)
+    ]

@@ -1,0 +1,16 @@
+"""Attention of HuggingFace models, computed by subquad.
+
+`patch(model)` registers subquad with transformers' `AttentionInterface` and its mask function with
+`AttentionMaskInterface`, and switches one model over::
+
+    with subquad.hf.patch(model) as handle, torch.no_grad():
+        model.generate(**inputs)
+    print(handle.report())
+
+Importing this package patches nothing.
+"""
+
+from subquad.hf.patch import Patch, patch
+from subquad.hf.report import Delegated, LeftAlone, Replaced, Report
+
+__all__ = ["Delegated", "LeftAlone", "Patch", "Replaced", "Report", "patch"]

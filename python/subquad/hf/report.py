@@ -1,0 +1,136 @@
+"""What a patch replaced, what it left alone, and which calls went back to the original implementation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """Modules whose attention subquad computes.
+
+    Attributes:
+        name: Class name.
+        count: How many modules of this class.
+        original: The implementation they had, to which calls are delegated.
+    """
+
+    name: str
+    count: int
+    original: str
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """Modules that look like attention but stay as they were.
+
+    Attributes:
+        name: Class name.
+        count: How many modules of this class.
+        reason: Why.
+    """
+
+    name: str
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Delegated:
+    """Calls that the original implementation computed.
+
+    Attributes:
+        reason: What subquad does not implement, such as `"softcap"`.
+        original: The implementation that computed them.
+        calls: How many.
+    """
+
+    reason: str
+    original: str
+    calls: int
+
+
+@dataclass
+class Tally:
+    """Counts of one patch, filled in as attention is called.
+
+    Attributes:
+        computed: Calls that subquad computed.
+        dense: Those of them that read a mask of one entry for each query and key, by the mask's origin.
+        delegated: Calls that the original computed, by reason and implementation.
+        compiled: Whether `torch.compile` traced a call. Counting in traced code would recompile it each time.
+    """
+
+    computed: int = 0
+    dense: Counter[str] = field(default_factory=Counter)
+    delegated: Counter[tuple[str, str]] = field(default_factory=Counter)
+    compiled: bool = False
+
+
+def _calls(number: int) -> str:
+    return f"{number:,} call" if number == 1 else f"{number:,} calls"
+
+
+def _times(count: int) -> str:
+    return f" x{count}" if count > 1 else ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A snapshot of what a patch did. `str()` gives it as text.
+
+    Attributes:
+        model: Class name of the model.
+        active: Whether the model was patched when the snapshot was taken.
+        replaced: Modules whose attention subquad computes.
+        left_alone: Modules that stay as they were, and why.
+        computed: Calls that subquad computed.
+        dense: Those of them that read a mask with one entry for each query and key, by the mask's origin.
+        delegated: Calls that the original implementation computed, by reason, most frequent first.
+        compiled: Whether calls were compiled by `torch.compile`: the original computes those, and they are not
+            counted.
+    """
+
+    model: str
+    active: bool
+    replaced: tuple[Replaced, ...]
+    left_alone: tuple[LeftAlone, ...]
+    computed: int
+    dense: Mapping[str, int]
+    delegated: tuple[Delegated, ...]
+    compiled: bool
+
+    def __str__(self) -> str:
+        """Returns the report as a few lines of text."""
+        lines = [f"{self.model}: {'patched by subquad' if self.active else 'no longer patched by subquad'}"]
+        lines += [f"  replaced: {one.name}{_times(one.count)} (was {one.original})" for one in self.replaced]
+        lines += [f"  left alone: {one.name}{_times(one.count)}: {one.reason}" for one in self.left_alone]
+        lines.append(f"  computed by subquad: {_calls(self.computed)}")
+        lines += [f"    with a dense mask: {origin}: {_calls(calls)}" for origin, calls in self.dense.items()]
+        lines += [
+            f"  {one.reason}: {_calls(one.calls)} delegated to {one.original}" for one in self.delegated
+        ]
+        if self.compiled:
+            lines.append("  torch.compile: calls in compiled code are delegated to the original, uncounted")
+        return "\n".join(lines)
+
+
+def take_report(
+    model: str, active: bool, replaced: tuple[Replaced, ...], left_alone: tuple[LeftAlone, ...], tally: Tally
+) -> Report:  # fmt: skip
+    """Returns a snapshot; later calls do not change it."""
+    return Report(
+        model=model,
+        active=active,
+        replaced=replaced,
+        left_alone=left_alone,
+        computed=tally.computed,
+        dense=dict(tally.dense.most_common()),
+        delegated=tuple(
+            Delegated(reason, original, calls)
+            for (reason, original), calls in tally.delegated.most_common()
+        ),
+        compiled=tally.compiled,
+    )
