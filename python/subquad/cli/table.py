@@ -1,4 +1,7 @@
-"""Tables: drawn by rich on a terminal where it is installed, else plain aligned text."""
+"""Tables: drawn by rich on a terminal that is wide enough, where it is installed; else plain aligned text.
+
+rich shortens what does not fit, and half a number is worse than a broken line.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -36,6 +39,27 @@ def format_plain(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> st
     return "\n".join([line(headings), line(["-" * width for width in widths]), *map(line, rows)])
 
 
+def _print_rich(columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str, file: TextIO) -> bool:
+    """Draws the table if the terminal is wide enough for every cell, and tells whether it did."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=file, highlight=False, markup=False)
+    unlimited = console.options.update(max_width=1 << 16)
+    for break_headings in (False, True):
+        table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+        for column in columns:
+            heading = column.heading.replace(" ", "\n") if break_headings else column.heading
+            table.add_column(heading, justify="left" if column.text else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        if console.measure(table, options=unlimited).maximum <= console.width:
+            console.print(table)
+            return True
+    return False
+
+
 def print_table(
     columns: Sequence[Column],
     rows: Sequence[Sequence[str]],
@@ -52,17 +76,7 @@ def print_table(
         file: Where to; standard output by default.
     """
     file = sys.stdout if file is None else file
-    if file.isatty() and find_spec("rich") is not None:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
-        for column in columns:
-            table.add_column(column.heading, justify="left" if column.text else "right")
-        for row in rows:
-            table.add_row(*row)
-        Console(file=file, highlight=False, markup=False).print(table)
+    if file.isatty() and find_spec("rich") is not None and _print_rich(columns, rows, title, file):
         return
     if title:
         print(title, file=file)

@@ -46,7 +46,7 @@ def measure_rounds(
     time_budget: float,
     stage: Stage,
     variants: Variants = VARIANTS,
-) -> tuple[dict[str, list[Run]], str]:
+) -> tuple[dict[str, list[Run]], Any]:
     """Measures every variant in turn, round after round, after a short warm-up of each.
 
     The order is reversed from round to round, so that no variant always runs on the warmer processor.
@@ -61,24 +61,24 @@ def measure_rounds(
         variants: For each name, what to enter around its runs.
 
     Returns:
-        The runs of each variant, one for each round, and the report of the patch.
+        The runs of each variant, one for each round, and what the patch reports after the last of its runs.
     """
     names, begin, longest = list(variants), time.perf_counter(), 0.0
     runs: dict[str, list[Run]] = {name: [] for name in names}
-    patch_report = ""
+    patch_report = None
     for name in names:
-        with variants[name](model) as handle:
+        with variants[name](model):
             run_once(model, prompt[:, :_WARM_UP_PROMPT], min(new_tokens, _WARM_UP_TOKENS))
-            if handle is not None:
-                patch_report = str(handle.report())
         stage.advance(f"{name}: warm")
     for index in range(MAX_ROUNDS):
         start = time.perf_counter()
         if index > 0 and start - begin + longest > time_budget:
             break
         for name in names if index % 2 == 0 else reversed(names):
-            with variants[name](model):
+            with variants[name](model) as handle:
                 run = run_once(model, prompt, new_tokens)
+                if handle is not None:
+                    patch_report = handle.report()
             runs[name].append(run)
             stage.advance(_describe(run, name))
         longest = max(longest, time.perf_counter() - start)

@@ -31,10 +31,16 @@ def _agreement(left: Sequence[int], right: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=True)) if a != b), len(left))
 
 
-def _require_sound(runs: Mapping[str, Sequence[Run]], dtype: str) -> None:
+def _require_patched(runs: Mapping[str, Sequence[Run]], patch_report: Any) -> None:
     # Comparing SDPA with itself would pass every check.
-    if runs[CANDIDATE][0].implementation == runs[BASELINE][0].implementation:
-        raise CheckError("subquad.hf.patch left the model's attention as it was")
+    names = [{run.implementation for run in runs[variant]} for variant in (BASELINE, CANDIDATE)]
+    if names[0] & names[1]:
+        raise CheckError(f"both runs used the attention {', '.join(sorted(names[0] & names[1]))!r}")
+    if patch_report.computed == 0:
+        raise CheckError("the patched model never called subquad")
+
+
+def _require_repeatable(runs: Mapping[str, Sequence[Run]], dtype: str) -> None:
     for name, repeats in runs.items():
         if len({run.tokens for run in repeats}) != 1:
             raise CheckError(f"{name} in {dtype} generated different tokens in different rounds")
@@ -71,7 +77,8 @@ def compare_dtype(
         runs, patch_report = measure_rounds(
             model, prompt, new_tokens, time_budget=time_budget, stage=stage, variants=variants
         )
-    _require_sound(runs, dtype)
+    _require_patched(runs, patch_report)
+    _require_repeatable(runs, dtype)
     baseline, candidate = runs[BASELINE], runs[CANDIDATE]
     with progress.stage(f"{dtype}: comparing logits"):
         compared = quality.compare(model, prompt, baseline[0].hidden, candidate[0].hidden)
@@ -92,7 +99,7 @@ def compare_dtype(
         equal_tokens=_agreement(baseline[0].tokens, candidate[0].tokens),
         smallest_margin=min(baseline[0].margins),
         quality=compared,
-        patch_report=patch_report,
+        patch_report=str(patch_report),
     )
 
 

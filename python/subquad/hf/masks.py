@@ -1,0 +1,148 @@
+"""The mask function: plain causal masks and plain padding stay a description, everything else is a tensor.
+
+transformers hands what this function returns through the model to attention. Where its own mask function would
+build a tensor of one entry for each query and key, this one returns a `StructuredMask`, which attention reads
+directly. Code that treats it as a tensor gets the tensor, built then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+from subquad.hf import registry
+from subquad.hf.patterns import Span, is_causal
+from subquad.hf.structured_mask import DenseForm, StructuredMask
+from subquad.hf.tracing import is_tracing
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of a mask function that matter here, in integers."""
+
+    q_length: int
+    kv_length: int
+    q_offset: int
+    kv_offset: int
+    padding: torch.Tensor | None
+    causal: bool
+
+    @property
+    def visible(self) -> int:
+        """How many keys the last query sees, padding aside."""
+        return self.q_offset - self.kv_offset + self.q_length if self.causal else self.kv_length
+
+
+def _query_range(arguments: dict[str, Any]) -> tuple[int, int] | None:
+    """Returns length and offset of the queries; `None` if they are not consecutive."""
+    # Before `q_length` and `q_offset`, transformers passed the positions.
+    positions = arguments.get("cache_position")
+    if positions is not None and "q_length" not in arguments:
+        length = positions.shape[0]
+        first, last = (int(positions[0]), int(positions[-1])) if length else (0, -1)
+        return (length, first) if last - first == length - 1 else None
+    offset = arguments.get("q_offset", 0)
+    if isinstance(offset, torch.Tensor):
+        # Static caches pass the tensor in which they count: it will have changed when attention reads it.
+        if offset.numel() != 1:
+            return None
+        offset = int(offset)
+    return arguments["q_length"], offset
+
+
+def _padding_of_keys(arguments: dict[str, Any], kv_offset: int) -> torch.Tensor | None:
+    """Returns the padding mask of the keys, `[B, Sk]`, True for tokens; keys beyond the given mask are hidden."""
+    given, length = arguments.get("attention_mask"), arguments["kv_length"]
+    if given is None:
+        return None
+    given = given[:, kv_offset : kv_offset + length].to(torch.bool)
+    missing = length - given.shape[1]
+    return torch.nn.functional.pad(given, (0, missing)) if missing > 0 else given
+
+
+def _recognise(arguments: dict[str, Any]) -> _Request | None:
+    """Returns the structure of the requested mask, or `None` if it has to be a tensor."""
+    given = arguments.get("attention_mask")
+    queries = _query_range(arguments)
+    if queries is None or (given is not None and given.ndim != 2):
+        return None
+    (q_length, q_offset), kv_length = queries, arguments["kv_length"]
+    kv_offset = arguments.get("kv_offset", 0)
+    if not all(isinstance(one, int) for one in (q_length, kv_length, kv_offset)):
+        return None
+    span = Span(q_offset, q_offset + q_length - 1, kv_offset, kv_offset + kv_length - 1)
+    causal = is_causal(arguments.get("mask_function", causal_mask_function), span)
+    if causal is None:
+        return None
+    # A model that forbids to skip the mask is going to use it as a tensor.
+    allowed = "allow_is_causal_skip" if causal else "allow_is_bidirectional_skip"
+    if not arguments.get(allowed, causal):
+        return None
+    padding = _padding_of_keys(arguments, kv_offset)
+    request = _Request(q_length, kv_length, q_offset, kv_offset, padding, causal)
+    if padding is not None and bool(padding[:, : max(request.visible, 0)].all()):
+        request = _Request(q_length, kv_length, q_offset, kv_offset, None, causal)
+    return request
+
+
+def _is_left_out(request: _Request, local_size: int | None, entry: registry.PatchedConfig | None) -> bool:
+    """Whether the original would return no mask at all, and leave it to attention what that means."""
+    if request.padding is not None or (local_size is not None and request.kv_length >= local_size):
+        return False
+    implementation = None if entry is None else entry.implementation
+    if not request.causal:
+        return implementation in ("eager", "sdpa")
+    # Only SDPA leaves causal masks out. Models know it by that name: those that ask for the name expect a mask from
+    # any other implementation.
+    if entry is None or implementation != "sdpa" or entry.asks_for_sdpa:
+        return False
+    square = request.q_length in (1, request.kv_length) and request.visible == request.kv_length
+    first = request.q_offset == 0 and request.kv_offset == 0
+    return square or first
+
+
+def _on_cpu(device: Any) -> bool:
+    return torch.device(device).type == "cpu"
+
+
+def structured_mask(**arguments: Any) -> Any:
+    """transformers' mask function for subquad.
+
+    Args:
+        **arguments: Those of `transformers.masking_utils.sdpa_mask`.
+
+    Returns:
+        A `StructuredMask` for plain causal masks and padding; `None` where the original implementation's mask function
+        returns `None` for them; for everything else what that function returns.
+    """
+    given = arguments.get("attention_mask")
+    if isinstance(given, StructuredMask):
+        # `generate` builds masks in advance and passes them on as if they were padding masks.
+        return given
+    entry = registry.find_like(arguments.get("config"))
+    implementation = "sdpa" if entry is None else entry.implementation
+    original: Callable[..., Any] = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+    if is_tracing(given) or not _on_cpu(arguments.get("device", "cpu")):
+        return original(**arguments)
+    request = _recognise(arguments)
+    if request is None:
+        return original(**arguments)
+    if _is_left_out(request, arguments.get("local_size"), entry):
+        return None
+    build = partial(
+        original, **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    )
+    return StructuredMask(
+        causal=request.causal,
+        batch_size=arguments["batch_size"],
+        q_length=request.q_length,
+        kv_length=request.kv_length,
+        offset=request.q_offset - request.kv_offset,
+        padding=request.padding,
+        dense_form=DenseForm(build),
+    )

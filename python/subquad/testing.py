@@ -1,0 +1,255 @@
+"""What a right result is: one tolerance rule, and the naive formula that it measures against.
+
+**The rule.** Let `error` be the largest of `|actual - expected|`, where `expected` is the float64 oracle of `subquad.reference`, and
+`naive error` the largest of `|naive - expected|`, where `naive` is the textbook formula evaluated in the dtype under test. Then
+
+    error <= factor * naive error + floor
+
+with `factor` 2, or 3 for gradients. The naive formula shows how much precision the dtype leaves on this very input; a kernel may
+lose twice that and no more. The floor is for inputs on which the naive formula happens to be exact: `FLOORS[dtype]`, in units
+of the dtype's spacing at the largest expected magnitude. Both maxima run over the places where all three arrays are finite. Elsewhere
+there is no tolerance: NaN answers NaN, an infinity the same infinity, and a finite value a finite value.
+
+No environment variable and no option loosens the rule. A test whose inputs justify another floor passes it and says why.
+
+This module imports NumPy only; tensors of PyTorch and arrays of JAX are recognised by what they can do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "FLOORS",
+    "SPACING",
+    "assert_close",
+    "naive_attention",
+    "naive_scaled_dot_product_attention",
+    "round_to",
+]
+
+Float64 = npt.NDArray[np.float64]
+Bool = npt.NDArray[np.bool_]
+
+SPACING = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+"""Distance from 1 to the next number, by dtype."""
+
+FLOORS = {"float64": 4.0, "float32": 4.0, "float16": 1.0, "bfloat16": 1.0}
+"""The floor in units of `SPACING[dtype] * max |expected|`.
+
+Four units for the types that are also the accumulator's: the rounding of a score, of its exponential, of the sum and of the quotient.
+One for the half types, whose only visible rounding is that of the result.
+"""
+
+_FACTOR = 2.0
+_GRADIENT_FACTOR = 3.0
+
+
+def _widen(array: Any) -> Float64:
+    """Returns `array` as float64 without loss; PyTorch has no NumPy view of bfloat16, so its own conversion goes first."""
+    if hasattr(array, "detach"):
+        array = array.detach().double().cpu().numpy()
+    return np.asarray(array).astype(np.float64)
+
+
+def _dtype_name(array: Any) -> str:
+    return str(array.dtype).removeprefix("torch.")
+
+
+def _mismatch(same: Bool, actual: Float64, expected: Float64, reason: str) -> str:
+    index = tuple(int(i) for i in np.argwhere(~same)[0])
+    count = int((~same).sum())
+    return (
+        f"{reason} at index {index}: actual {actual[index]!r}, expected {expected[index]!r} "
+        f"({count} of {same.size} elements)"
+    )
+
+
+def assert_close(
+    actual: Any,
+    expected: Any,
+    *,
+    naive: Any,
+    dtype: str | None = None,
+    floor: float | None = None,
+    gradient: bool = False,
+    name: str = "result",
+) -> None:
+    """Checks a result against the float64 oracle, by the rule of this module.
+
+    Args:
+        actual: the result: a NumPy or JAX array or a PyTorch tensor.
+        expected: the oracle's, of the same shape.
+        naive: the naive formula's in the same dtype, of the same shape. Its error is the measure.
+        dtype: `"float64"`, `"float32"`, `"float16"` or `"bfloat16"`: what the computation was done in. Default: that of `actual`.
+        floor: absolute error that is allowed in any case. Default: `FLOORS[dtype] * SPACING[dtype] * max |expected|`.
+        gradient: whether the factor is that of gradients, 3 instead of 2.
+        name: what the failure message calls the result.
+
+    Raises:
+        AssertionError: naming the index, both values, the error and the limit.
+        ValueError: if `naive` or `floor` could make the check vacuous: another shape, a `floor` that is no finite number.
+    """
+    dtype = _dtype_name(actual) if dtype is None else dtype
+    actual, expected, naive = _widen(actual), _widen(expected), _widen(naive)
+    if naive.shape != expected.shape:
+        raise ValueError(f"naive: expected shape {expected.shape} as expected has, got {naive.shape}")
+    if actual.shape != expected.shape:
+        raise AssertionError(f"{name}: expected shape {expected.shape}, got {actual.shape}")
+    same = (np.isfinite(actual) & np.isfinite(expected)) | (actual == expected) | (np.isnan(actual) & np.isnan(expected))
+    if not same.all():
+        raise AssertionError(_mismatch(same, actual, expected, f"{name}: non-finite values differ"))
+    finite = np.isfinite(expected)
+    magnitude = float(np.max(np.abs(expected), where=finite, initial=0.0))
+    if floor is None:
+        floor = FLOORS[dtype] * SPACING[dtype] * magnitude
+    if not 0.0 <= floor < np.inf:
+        raise ValueError(f"floor: expected a finite number from 0, got {floor}")
+    measured = finite & np.isfinite(naive)
+    with np.errstate(invalid="ignore"):
+        naive_error = float(np.max(np.abs(naive - expected), where=measured, initial=0.0))
+        error = np.where(finite, np.abs(actual - expected), 0.0)
+    factor = _GRADIENT_FACTOR if gradient else _FACTOR
+    limit = factor * naive_error + floor
+    if (error > limit).any():
+        index = tuple(int(i) for i in np.unravel_index(np.argmax(error), error.shape))
+        raise AssertionError(
+            f"{name}: error {error[index]:.3e} at index {index} exceeds the limit {limit:.3e}: "
+            f"actual {actual[index]!r}, expected {expected[index]!r}; "
+            f"limit = {factor:g} * naive error {naive_error:.3e} + floor {floor:.3e} ({dtype}); "
+            f"{int((error > limit).sum())} of {error.size} elements exceed it"
+        )
+
+
+def round_to(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """Rounds to the values of `dtype`, to nearest even.
+
+    Args:
+        array: float32 or float64; float32 for `"bfloat16"`.
+        dtype: `"float64"`, `"float32"`, `"float16"` or `"bfloat16"`.
+
+    Returns:
+        The rounded values, in `array`'s own dtype: NumPy has no bfloat16.
+    """
+    if dtype != "bfloat16":
+        with np.errstate(over="ignore"):
+            return array.astype(dtype).astype(array.dtype)
+    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) & np.uint32(0xFFFF0000)
+    # The carry would turn a NaN with a full mantissa into an infinity.
+    return np.where(np.isnan(array), array, rounded.view(np.float32)).astype(array.dtype).reshape(array.shape)
+
+
+def _naive(
+    query: npt.NDArray[Any],
+    key: npt.NDArray[Any],
+    value: npt.NDArray[Any],
+    bias: Any | None,
+    causal_offset: int | None,
+    scale: float | None,
+    dtype: str,
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """The formula on `[..., L, E]`, `[..., S, E]` and `[..., S, Ev]` in the accumulator's type, term by term from the left.
+
+    Sums in blocks, as BLAS forms them, are more precise than the naive formula and differ between builds of NumPy.
+    """
+    stack = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    rows, keys = query.shape[-2], key.shape[-2]
+    acc = query.dtype.type
+    scale = (query.shape[-1] ** -0.5 if query.shape[-1] else 0.0) if scale is None else scale
+    scores = np.zeros((*stack, rows, keys), dtype=acc)
+    for d in range(query.shape[-1]):
+        scores += query[..., d, None] * key[..., None, :, d]
+    scores *= acc(scale)
+    if bias is not None:
+        added = bias if np.asarray(bias).dtype == np.bool_ else _widen(bias)
+        added = np.broadcast_to(added, scores.shape)
+        scores = np.where(added, scores, -np.inf) if added.dtype == np.bool_ else scores + added.astype(acc)
+    if causal_offset is not None:
+        scores = np.where(np.tri(rows, keys, causal_offset, dtype=bool), scores, -np.inf)
+    scores = scores.astype(acc)
+    peak = np.max(scores, axis=-1, keepdims=True, initial=-np.inf).astype(acc)
+    weights = np.exp(scores - np.where(np.isneginf(peak), acc(0), peak))
+    total = np.zeros_like(peak)
+    out = np.zeros((*stack, rows, value.shape[-1]), dtype=acc)
+    for j in range(keys):
+        total += weights[..., j, None]
+        out += weights[..., j, None] * value[..., None, j, :]
+    out = out / np.where(total == 0, acc(1), total)
+    return round_to(out, dtype), (peak + np.log(total))[..., 0]
+
+
+def _accumulator(array: Any, dtype: str) -> npt.NDArray[Any]:
+    return _widen(array).astype(np.float64 if dtype == "float64" else np.float32)
+
+
+def naive_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    dtype: str,
+    causal: bool = False,
+    scale: float | None = None,
+    bias: Any | None = None,
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """`subquad.attention` by the naive formula, in the arithmetic that `dtype` allows.
+
+    Scores, softmax and sums are float32 for float32, float16 and bfloat16, and float64 for float64; sums run term by term; the output is
+    rounded to `dtype`. NaN in hidden places does leak: give it inputs without.
+
+    Args:
+        q: `[B, Sq, H, D]`, with values of `dtype`.
+        k: `[B, Sk, Hkv, D]`.
+        v: `[B, Sk, Hkv, Dv]`.
+        dtype: `"float64"`, `"float32"`, `"float16"` or `"bfloat16"`.
+        causal: whether query `i` sees only keys `j <= i + Sk - Sq`.
+        scale: factor of the scores. Default: `D ** -0.5`.
+        bias: boolean (False hides) or added to the scaled scores, broadcastable to `[B, H, Sq, Sk]`.
+
+    Returns:
+        The output `[B, Sq, H, Dv]`, rounded to `dtype`, and the log-sum-exp `[B, H, Sq]`.
+    """
+    q, k, v = (np.moveaxis(_accumulator(x, dtype), 2, 1) for x in (q, k, v))
+    group = q.shape[1] // k.shape[1] if k.shape[1] else 1
+    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    offset = k.shape[2] - q.shape[2] if causal else None
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        out, lse = _naive(q, k, v, bias, offset, scale, dtype)
+    return np.moveaxis(out, 1, 2), lse
+
+
+def naive_scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any | None = None,
+    *,
+    dtype: str,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> npt.NDArray[Any]:
+    """`subquad.scaled_dot_product_attention` by the naive formula; see `naive_attention`.
+
+    Args:
+        query: `[..., H, L, E]`, with values of `dtype`.
+        key: `[..., H, S, E]`.
+        value: `[..., H, S, Ev]`.
+        attn_mask: boolean (False hides) or added to the scaled scores, broadcastable to `[..., H, L, S]`.
+        dtype: `"float64"`, `"float32"`, `"float16"` or `"bfloat16"`.
+        is_causal: whether query `i` sees only keys `j <= i`.
+        scale: factor of the scores. Default: `E ** -0.5`.
+        enable_gqa: whether key and value may have fewer heads.
+
+    Returns:
+        `[..., H, L, Ev]`, rounded to `dtype`.
+    """
+    query, key, value = (_accumulator(x, dtype) for x in (query, key, value))
+    if enable_gqa:
+        key, value = (np.repeat(x, query.shape[-3] // x.shape[-3], axis=-3) for x in (key, value))
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        return _naive(query, key, value, attn_mask, 0 if is_causal else None, scale, dtype)[0]
