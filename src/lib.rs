@@ -2,7 +2,7 @@
 //!
 //! | layer | module | what it is for |
 //! | --- | --- | --- |
-//! | L0 | [`error`] [`dtype`] [`tensor`] [`workspace`] | the words everything else is written in |
+//! | L0 | [`error`] [`dtype`] [`tensor`] [`index`] [`workspace`] | the words everything else is written in |
 //! | L1 | [`simd`] | instruction sets: vectors, matrix tiles, run-time detection; the only home of `std::arch` |
 //! | L2 | [`parallel`] | threads and the entry into an instruction set, once per task; the only home of `rayon` |
 //! | L2 | [`math`] | primitives that are generic over the instruction set |
@@ -12,6 +12,7 @@
 
 pub mod dtype;
 pub mod error;
+pub mod index;
 pub mod tensor;
 pub mod workspace;
 

@@ -1,7 +1,7 @@
 //! Scratch memory of one thread, kept between calls so that kernels never allocate per tile.
 
 use bytemuck::{Pod, Zeroable};
-use std::cell::Cell;
+use std::cell::RefCell;
 
 /// Cache lines, so that every buffer carved from the arena starts on one.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -9,7 +9,7 @@ use std::cell::Cell;
 struct Line([u8; 64]);
 
 thread_local! {
-    static ARENA: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+    static ARENAS: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Elements of `T` that fill whole cache lines and hold at least `len`.
@@ -28,9 +28,9 @@ pub struct Scratch {
 impl Scratch {
     /// At least `len` elements of `T`. Their content is arbitrary, never uninitialised.
     ///
-    /// A thread that asks again before it has dropped the first gets fresh memory.
+    /// A thread that asks again before it has dropped the first gets other memory, which is kept as well.
     pub fn take<T: Pod>(len: usize) -> Self {
-        let mut lines = ARENA.take();
+        let mut lines = ARENAS.with_borrow_mut(|arenas| arenas.pop().unwrap_or_default());
         let needed = len.div_ceil(size_of::<Line>() / size_of::<T>());
         if lines.len() < needed {
             lines.resize(needed, Line::zeroed());
@@ -47,7 +47,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        ARENA.set(std::mem::take(&mut self.lines));
+        ARENAS.with_borrow_mut(|arenas| arenas.push(std::mem::take(&mut self.lines)));
     }
 }
 

@@ -66,7 +66,7 @@ fn unsafe_lives_in_three_places() {
 
 /// Modules from the lowest layer up; those of one entry are equals.
 const LAYERS: [&[&str]; 5] =
-    [&["error", "dtype", "tensor", "workspace"], &["simd"], &["parallel", "math"], &["kernels"], &["bindings"]];
+    [&["error", "dtype", "tensor", "index", "workspace"], &["simd"], &["parallel", "math"], &["kernels"], &["bindings"]];
 
 #[test]
 fn modules_use_only_lower_layers() {

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 use subquad::dtype::{Element, Float};
 use subquad::kernels::bias::{Bias, BiasView};
-use subquad::kernels::exact::{Blocking, ExactArgs, ExactOut, naive, prefill};
+use subquad::kernels::exact::{Blocking, ExactArgs, ExactOut, decode, naive, prefill};
 use subquad::kernels::mask::Mask;
 use subquad::parallel::RowWriter;
 use subquad::simd::{Level, SimdElement};
@@ -76,6 +76,7 @@ impl<T: SimdElement> Case<T> {
                 BiasKind::Dense => Bias::Acc(BiasView { data: &self.bias, strides: dense }),
                 BiasKind::PerKey => Bias::Bool(BiasView { data: &self.visible, strides: [sk, 0, 0, 1] }),
             },
+            layout: None,
         };
         let nan = T::Acc::from_f64(f64::NAN);
         let mut out = vec![T::from_acc(nan); s.batch * sq * h * s.head_dim_v];
@@ -95,22 +96,36 @@ impl<T: SimdElement> Case<T> {
     }
 
     fn check(&self, kind: BiasKind, blocking: Blocking, tolerance: f64) {
-        let (expected, expected_lse) = self.run(kind, naive::forward);
+        let expected = self.run(kind, naive::forward);
         for level in Level::available() {
-            let (one, lse) = self.run(kind, |a, o| prefill::forward(a, o, level, 1, blocking));
-            for (what, got, want) in [
-                ("out", widen(&one), widen(&expected)),
-                ("lse", lse.iter().map(|x| x.to_f64()).collect(), expected_lse.iter().map(|x| x.to_f64()).collect()),
-            ] {
-                for (i, (x, y)) in got.iter().zip(&want).enumerate() {
-                    let close = (x - y).abs() <= tolerance * (1.0 + y.abs()) || x == y || (x.is_nan() && y.is_nan());
-                    assert!(close, "{what}[{i}] {x} != {y} at {} {:?} {kind:?} {blocking:?}", level.name(), self.shape);
-                }
+            let prefill = |threads| self.run(kind, |a, o| prefill::forward(a, o, level, threads, blocking));
+            self.compare(&prefill(1), &expected, tolerance, &format!("prefill {} {kind:?} {blocking:?}", level.name()));
+            assert_same(&prefill(1).0, &prefill(3).0);
+            // Long prefills by the form for few queries would only cost time.
+            let splits: &[_] = if self.shape.seqlen_q <= 20 { &[None, Some(1), Some(3)] } else { &[] };
+            for &splits in splits {
+                let decode = |threads| self.run(kind, |a, o| decode::forward(a, o, level, threads, splits));
+                self.compare(&decode(1), &expected, tolerance, &format!("decode {} {kind:?} {splits:?}", level.name()));
+                assert_same(&decode(1).0, &decode(3).0);
             }
-            let (three, _) = self.run(kind, |a, o| prefill::forward(a, o, level, 3, blocking));
-            assert_eq!(bytemuck::cast_slice::<T, u8>(&one), bytemuck::cast_slice::<T, u8>(&three), "threads change bits");
         }
     }
+
+    fn compare(&self, got: &Results<T>, want: &Results<T>, tolerance: f64, what: &str) {
+        let f64s = |x: &[T::Acc]| x.iter().map(|x| x.to_f64()).collect::<Vec<_>>();
+        for (part, got, want) in [("out", widen(&got.0), widen(&want.0)), ("lse", f64s(&got.1), f64s(&want.1))] {
+            for (i, (x, y)) in got.iter().zip(&want).enumerate() {
+                let close = (x - y).abs() <= tolerance * (1.0 + y.abs()) || x == y || (x.is_nan() && y.is_nan());
+                assert!(close, "{part}[{i}] {x} != {y} by {what} {:?}", self.shape);
+            }
+        }
+    }
+}
+
+type Results<T> = (Vec<T>, Vec<<T as Element>::Acc>);
+
+fn assert_same<T: Element>(one: &[T], other: &[T]) {
+    assert_eq!(bytemuck::cast_slice::<T, u8>(one), bytemuck::cast_slice::<T, u8>(other), "threads change bits");
 }
 
 fn widen<T: Element>(x: &[T]) -> Vec<f64> {
@@ -137,6 +152,8 @@ fn sweep<T: SimdElement>(tolerance: f64) {
         (65, 2, (3, 3), (60, 33)),
         (130, 257, (2, 2), (128, 128)),
         (17, 40, (6, 1), (96, 192)),
+        (1, 700, (8, 2), (128, 128)),
+        (3, 1000, (4, 1), (80, 72)),
     ] {
         let s = shape(2, q, k, heads, dims);
         for mask in masks(s) {

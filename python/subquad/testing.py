@@ -1,16 +1,19 @@
 """What a right result is: one tolerance rule, and the naive formula that it measures against.
 
-**The rule.** Let `error` be the largest of `|actual - expected|`, where `expected` is the float64 oracle of `subquad.reference`, and
-`naive error` the largest of `|naive - expected|`, where `naive` is the textbook formula evaluated in the dtype under test. Then
+**The rule.** Let `error` be the largest of `|actual - expected|`, where `expected` is the float64 oracle of
+`subquad.reference`, and `naive error` the largest of `|naive - expected|`, where `naive` is the textbook
+formula evaluated in the dtype under test. Then
 
     error <= factor * naive error + floor
 
-with `factor` 2, or 3 for gradients. The naive formula shows how much precision the dtype leaves on this very input; a kernel may
-lose twice that and no more. The floor is for inputs on which the naive formula happens to be exact: `FLOORS[dtype]`, in units
-of the dtype's spacing at the largest expected magnitude. Both maxima run over the places where all three arrays are finite. Elsewhere
-there is no tolerance: NaN answers NaN, an infinity the same infinity, and a finite value a finite value.
+with `factor` 2, or 3 for gradients. The naive formula shows how much precision the dtype leaves on this very
+input; a kernel may lose twice that and no more. The floor is for inputs on which the naive formula happens to
+be exact: `FLOORS[dtype]`, in units of the dtype's spacing at the largest expected magnitude. Both maxima run
+over the finite places. Elsewhere there is no tolerance: NaN answers NaN, an infinity the same infinity, and a
+finite value a finite value.
 
-No environment variable and no option loosens the rule. A test whose inputs justify another floor passes it and says why.
+No environment variable and no option loosens the rule. A test whose inputs justify another floor passes it
+and says why.
 
 This module imports NumPy only; tensors of PyTorch and arrays of JAX are recognised by what they can do.
 """
@@ -26,6 +29,7 @@ __all__ = [
     "FLOORS",
     "SPACING",
     "assert_close",
+    "lse_floor",
     "naive_attention",
     "naive_scaled_dot_product_attention",
     "round_to",
@@ -40,8 +44,8 @@ SPACING = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloa
 FLOORS = {"float64": 4.0, "float32": 4.0, "float16": 1.0, "bfloat16": 1.0}
 """The floor in units of `SPACING[dtype] * max |expected|`.
 
-Four units for the types that are also the accumulator's: the rounding of a score, of its exponential, of the sum and of the quotient.
-One for the half types, whose only visible rounding is that of the result.
+Four units for the types that are also the accumulator's: the rounding of a score, of its exponential, of the
+sum and of the quotient. One for the half types, whose only visible rounding is that of the result.
 """
 
 _FACTOR = 2.0
@@ -49,8 +53,9 @@ _GRADIENT_FACTOR = 3.0
 
 
 def _widen(array: Any) -> Float64:
-    """Returns `array` as float64 without loss; PyTorch has no NumPy view of bfloat16, so its own conversion goes first."""
+    """Returns `array` as float64 without loss."""
     if hasattr(array, "detach"):
+        # PyTorch has no NumPy view of its bfloat16.
         array = array.detach().double().cpu().numpy()
     return np.asarray(array).astype(np.float64)
 
@@ -84,14 +89,17 @@ def assert_close(
         actual: the result: a NumPy or JAX array or a PyTorch tensor.
         expected: the oracle's, of the same shape.
         naive: the naive formula's in the same dtype, of the same shape. Its error is the measure.
-        dtype: `"float64"`, `"float32"`, `"float16"` or `"bfloat16"`: what the computation was done in. Default: that of `actual`.
-        floor: absolute error that is allowed in any case. Default: `FLOORS[dtype] * SPACING[dtype] * max |expected|`.
+        dtype: `"float64"`, `"float32"`, `"float16"` or `"bfloat16"`: what the computation was done in.
+            Default: that of `actual`.
+        floor: absolute error that is allowed in any case. Default:
+            `FLOORS[dtype] * SPACING[dtype] * max |expected|`.
         gradient: whether the factor is that of gradients, 3 instead of 2.
         name: what the failure message calls the result.
 
     Raises:
         AssertionError: naming the index, both values, the error and the limit.
-        ValueError: if `naive` or `floor` could make the check vacuous: another shape, a `floor` that is no finite number.
+        ValueError: if the check would be vacuous: `naive` is of another shape or off by more than a quarter
+            of the largest expected magnitude, or `floor` is no finite number from 0.
     """
     dtype = _dtype_name(actual) if dtype is None else dtype
     actual, expected, naive = _widen(actual), _widen(expected), _widen(naive)
@@ -99,7 +107,8 @@ def assert_close(
         raise ValueError(f"naive: expected shape {expected.shape} as expected has, got {naive.shape}")
     if actual.shape != expected.shape:
         raise AssertionError(f"{name}: expected shape {expected.shape}, got {actual.shape}")
-    same = (np.isfinite(actual) & np.isfinite(expected)) | (actual == expected) | (np.isnan(actual) & np.isnan(expected))
+    both_finite = np.isfinite(actual) & np.isfinite(expected)
+    same = both_finite | (actual == expected) | (np.isnan(actual) & np.isnan(expected))
     if not same.all():
         raise AssertionError(_mismatch(same, actual, expected, f"{name}: non-finite values differ"))
     finite = np.isfinite(expected)
@@ -112,6 +121,11 @@ def assert_close(
     with np.errstate(invalid="ignore"):
         naive_error = float(np.max(np.abs(naive - expected), where=measured, initial=0.0))
         error = np.where(finite, np.abs(actual - expected), 0.0)
+    if naive_error > magnitude / 4:
+        raise ValueError(
+            f"naive: expected an approximation of expected, whose largest magnitude is {magnitude:.3e}, "
+            f"got one that is off by {naive_error:.3e}"
+        )
     factor = _GRADIENT_FACTOR if gradient else _FACTOR
     limit = factor * naive_error + floor
     if (error > limit).any():
@@ -122,6 +136,23 @@ def assert_close(
             f"limit = {factor:g} * naive error {naive_error:.3e} + floor {floor:.3e} ({dtype}); "
             f"{int((error > limit).sum())} of {error.size} elements exceed it"
         )
+
+
+def lse_floor(expected: Any, dtype: str) -> float:
+    """Returns the floor of a log-sum-exp, in absolute terms: its error is the relative error of the sum.
+
+    Four roundings of the accumulator at `1 + max |expected|`; for float16 and bfloat16, whose exponentials
+    are only as precise as their results need, a 64th of the dtype's spacing more.
+
+    Args:
+        expected: the oracle's log-sum-exp.
+        dtype: the inputs': `"float64"`, `"float32"`, `"float16"` or `"bfloat16"`.
+    """
+    expected = _widen(expected)
+    magnitude = float(np.max(np.abs(expected), where=np.isfinite(expected), initial=0.0))
+    exponential = SPACING[dtype] / 64 if dtype in {"float16", "bfloat16"} else 0.0
+    accumulator = SPACING["float64" if dtype == "float64" else "float32"]
+    return 4 * accumulator * (1 + magnitude) + exponential
 
 
 def round_to(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
@@ -147,14 +178,15 @@ def _naive(
     query: npt.NDArray[Any],
     key: npt.NDArray[Any],
     value: npt.NDArray[Any],
+    *,
     bias: Any | None,
     causal_offset: int | None,
     scale: float | None,
     dtype: str,
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """The formula on `[..., L, E]`, `[..., S, E]` and `[..., S, Ev]` in the accumulator's type, term by term from the left.
+    """The formula on `[..., L, E]`, `[..., S, E]` and `[..., S, Ev]` in the accumulator's type, term by term.
 
-    Sums in blocks, as BLAS forms them, are more precise than the naive formula and differ between builds of NumPy.
+    Sums in blocks, as BLAS forms them, are more precise than the naive formula and differ between builds.
     """
     stack = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     rows, keys = query.shape[-2], key.shape[-2]
@@ -198,8 +230,9 @@ def naive_attention(
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """`subquad.attention` by the naive formula, in the arithmetic that `dtype` allows.
 
-    Scores, softmax and sums are float32 for float32, float16 and bfloat16, and float64 for float64; sums run term by term; the output is
-    rounded to `dtype`. NaN in hidden places does leak: give it inputs without.
+    Scores, softmax and sums are float32 for float32, float16 and bfloat16, and float64 for float64; sums
+    run term by term; the output is rounded to `dtype`. NaN in hidden places does leak: give it inputs
+    without.
 
     Args:
         q: `[B, Sq, H, D]`, with values of `dtype`.
@@ -218,7 +251,7 @@ def naive_attention(
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
     offset = k.shape[2] - q.shape[2] if causal else None
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        out, lse = _naive(q, k, v, bias, offset, scale, dtype)
+        out, lse = _naive(q, k, v, bias=bias, causal_offset=offset, scale=scale, dtype=dtype)
     return np.moveaxis(out, 1, 2), lse
 
 
@@ -252,4 +285,5 @@ def naive_scaled_dot_product_attention(
     if enable_gqa:
         key, value = (np.repeat(x, query.shape[-3] // x.shape[-3], axis=-3) for x in (key, value))
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        return _naive(query, key, value, attn_mask, 0 if is_causal else None, scale, dtype)[0]
+        offset = 0 if is_causal else None
+        return _naive(query, key, value, bias=attn_mask, causal_offset=offset, scale=scale, dtype=dtype)[0]

@@ -6,7 +6,7 @@ use super::dlpack::Memory;
 use super::{enter, result, runtime};
 use crate::dtype::{DType, Element};
 use crate::error::Error;
-use crate::kernels::exact::{ExactArgs, ExactOut, prefill};
+use crate::kernels::exact::{self, ExactArgs, ExactOut};
 use crate::kernels::mask::Mask;
 use crate::parallel::{RowWriter, rows_are_disjoint};
 use crate::simd::SimdElement;
@@ -98,10 +98,11 @@ pub fn run<T: SimdElement>(py: Python<'_>, call: &Call<'_>) -> PyResult<()> {
         scale: call.scale.unwrap_or(1.0 / (call.shape.head_dim as f64).sqrt()),
         mask: call.mask,
         bias: broadcast::bias(call.bias.0, call.bias.1, call.bias.2)?,
+        layout: None,
     };
     let out = ExactOut { out: writer(&call.out)?, lse: call.lse.as_ref().map(writer).transpose()? };
     let (level, threads, blocking) = (runtime::level()?, runtime::threads(py)?, runtime::blocking()?);
-    enter::enter(py, || prefill::forward(&args, &out, level, threads, blocking))
+    enter::enter(py, || exact::forward(&args, &out, level, threads, blocking))
 }
 
 fn writer<'a, T: bytemuck::Pod>(view: &View<'a>) -> Result<RowWriter<'a, T>, Error> {

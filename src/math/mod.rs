@@ -1,5 +1,8 @@
 //! Primitives, generic over the instruction set. No threads, no intrinsics.
 
+pub mod dot;
 pub mod exp;
+pub mod load;
 pub mod online_softmax;
 pub mod tile;
+pub mod weigh;

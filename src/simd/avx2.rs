@@ -122,6 +122,19 @@ impl Vector for F32x8 {
             out
         }
     }
+    #[inline(always)]
+    fn sum_rows(r: Self::Block) -> Self {
+        unsafe {
+            let mut pairs = [_mm256_setzero_ps(); 4];
+            for g in 0..4 {
+                pairs[g] = _mm256_hadd_ps(r[2 * g].0, r[2 * g + 1].0);
+            }
+            let low = _mm256_hadd_ps(pairs[0], pairs[1]);
+            let high = _mm256_hadd_ps(pairs[2], pairs[3]);
+            let first = _mm256_permute2f128_ps::<0x20>(low, high);
+            Self(_mm256_add_ps(first, _mm256_permute2f128_ps::<0x31>(low, high)))
+        }
+    }
 }
 
 impl Vector for F64x4 {
@@ -197,6 +210,15 @@ impl Vector for F64x4 {
                 Self(_mm256_permute2f128_pd::<0x31>(low[0], low[1])),
                 Self(_mm256_permute2f128_pd::<0x31>(high[0], high[1])),
             ]
+        }
+    }
+    #[inline(always)]
+    fn sum_rows(r: Self::Block) -> Self {
+        unsafe {
+            let low = _mm256_hadd_pd(r[0].0, r[1].0);
+            let high = _mm256_hadd_pd(r[2].0, r[3].0);
+            let first = _mm256_permute2f128_pd::<0x20>(low, high);
+            Self(_mm256_add_pd(first, _mm256_permute2f128_pd::<0x31>(low, high)))
         }
     }
 }

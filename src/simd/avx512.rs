@@ -134,6 +134,24 @@ impl Vector for F32x16 {
             out
         }
     }
+    #[inline(always)]
+    fn sum_rows(r: Self::Block) -> Self {
+        unsafe {
+            let mut quads = [_mm512_setzero_ps(); 4];
+            for g in 0..4 {
+                let [a, b, c, d] = [r[4 * g].0, r[4 * g + 1].0, r[4 * g + 2].0, r[4 * g + 3].0];
+                let first = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+                let second = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+                let low = _mm512_castpd_ps(_mm512_unpacklo_pd(first, second));
+                quads[g] = _mm512_add_ps(low, _mm512_castpd_ps(_mm512_unpackhi_pd(first, second)));
+            }
+            let (a, b, c, d) = (quads[0], quads[1], quads[2], quads[3]);
+            let first = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+            let second = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(c, d), _mm512_shuffle_f32x4::<0xdd>(c, d));
+            let even = _mm512_shuffle_f32x4::<0x88>(first, second);
+            Self(_mm512_add_ps(even, _mm512_shuffle_f32x4::<0xdd>(first, second)))
+        }
+    }
 }
 
 impl Vector for F64x8 {
@@ -212,6 +230,21 @@ impl Vector for F64x8 {
                 out[6 + c].0 = _mm512_shuffle_f64x2::<0xdd>(odd[0], odd[1]);
             }
             out
+        }
+    }
+    #[inline(always)]
+    fn sum_rows(r: Self::Block) -> Self {
+        unsafe {
+            let mut pairs = [_mm512_setzero_pd(); 4];
+            for g in 0..4 {
+                let (a, b) = (r[2 * g].0, r[2 * g + 1].0);
+                pairs[g] = _mm512_add_pd(_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
+            }
+            let (a, b, c, d) = (pairs[0], pairs[1], pairs[2], pairs[3]);
+            let first = _mm512_add_pd(_mm512_shuffle_f64x2::<0x88>(a, b), _mm512_shuffle_f64x2::<0xdd>(a, b));
+            let second = _mm512_add_pd(_mm512_shuffle_f64x2::<0x88>(c, d), _mm512_shuffle_f64x2::<0xdd>(c, d));
+            let even = _mm512_shuffle_f64x2::<0x88>(first, second);
+            Self(_mm512_add_pd(even, _mm512_shuffle_f64x2::<0xdd>(first, second)))
         }
     }
 }
@@ -340,5 +373,28 @@ impl Bf16Pairs for Avx512Bf16 {
     fn load_pairs(src: &[bf16]) -> F32x16 {
         let src = &src[..2 * F32x16::LANES];
         F32x16(unsafe { _mm512_loadu_ps(src.as_ptr().cast()) })
+    }
+    #[inline(always)]
+    fn zip_shuffled(first: &[bf16], second: &[bf16]) -> [F32x16; 2] {
+        let (first, second) = (&first[..2 * F32x16::LANES], &second[..2 * F32x16::LANES]);
+        unsafe {
+            let (a, b) = (_mm512_loadu_si512(first.as_ptr().cast()), _mm512_loadu_si512(second.as_ptr().cast()));
+            let (low, high) = (_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b));
+            [F32x16(_mm512_castsi512_ps(low)), F32x16(_mm512_castsi512_ps(high))]
+        }
+    }
+    // Unpacking works within 128 bits: each half holds every other four of the elements.
+    #[inline(always)]
+    fn unshuffle([low, high]: [F32x16; 2]) -> [F32x16; 2] {
+        unsafe {
+            let first = _mm512_shuffle_f32x4::<0x44>(low.0, high.0);
+            let second = _mm512_shuffle_f32x4::<0xee>(low.0, high.0);
+            [F32x16(_mm512_shuffle_f32x4::<0xd8>(first, first)), F32x16(_mm512_shuffle_f32x4::<0xd8>(second, second))]
+        }
+    }
+    #[inline(always)]
+    fn round_adjacent(first: F32x16, second: F32x16) -> F32x16 {
+        // SAFETY: as in `round_pairs`.
+        F32x16(unsafe { std::mem::transmute::<__m512bh, __m512>(_mm512_cvtne2ps_pbh(second.0, first.0)) })
     }
 }

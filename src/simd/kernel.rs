@@ -19,6 +19,13 @@ pub trait VectorKernel<T: SimdElement>: 'static {
     fn load_row(src: &[T]) -> Self::V;
     /// Operands of the first `LANES` elements of `DEPTH` rows that are adjacent along the reduced axis; `rows[DEPTH..]` is ignored.
     fn load_rows(rows: [&[T]; 2]) -> Self::V;
+    /// Operands of the first `2 * LANES` elements of `DEPTH` rows, as [`VectorKernel::load_rows`], in an order that
+    /// [`VectorKernel::unshuffle`] undoes.
+    fn load_rows_shuffled(rows: [&[T]; 2]) -> [Self::V; 2];
+    /// Puts accumulators of [`VectorKernel::load_rows_shuffled`] in order.
+    fn unshuffle(halves: [Self::V; 2]) -> [Self::V; 2];
+    /// Operands of `2 * LANES` probabilities whose keys are adjacent lanes: `2 / DEPTH` vectors, the rest is ignored.
+    fn fold_adjacent(probs: [Self::V; 2]) -> [Self::V; 2];
     /// Operands of `DEPTH` vectors of probabilities; `probs[DEPTH..]` is ignored.
     fn fold(probs: [Self::V; 2]) -> Self::V;
     /// Probability `index < DEPTH` of a folded operand.
@@ -41,6 +48,20 @@ impl<I: Isa, T: SimdElement> VectorKernel<T> for Widen<I, T> {
     #[inline(always)]
     fn load_rows(rows: [&[T]; 2]) -> Self::V {
         T::load::<I>(rows[0])
+    }
+    #[inline(always)]
+    fn load_rows_shuffled(rows: [&[T]; 2]) -> [Self::V; 2] {
+        let lanes = <Self::V as Vector>::LANES;
+        let row = &rows[0][..2 * lanes];
+        [T::load::<I>(row), T::load::<I>(&row[lanes..])]
+    }
+    #[inline(always)]
+    fn unshuffle(halves: [Self::V; 2]) -> [Self::V; 2] {
+        halves
+    }
+    #[inline(always)]
+    fn fold_adjacent(probs: [Self::V; 2]) -> [Self::V; 2] {
+        probs
     }
     #[inline(always)]
     fn fold(probs: [Self::V; 2]) -> Self::V {
@@ -70,6 +91,18 @@ impl<I: Bf16Pairs> VectorKernel<bf16> for PairDot<I> {
     #[inline(always)]
     fn load_rows(rows: [&[bf16]; 2]) -> Self::V {
         I::zip(rows[0], rows[1])
+    }
+    #[inline(always)]
+    fn load_rows_shuffled(rows: [&[bf16]; 2]) -> [Self::V; 2] {
+        I::zip_shuffled(rows[0], rows[1])
+    }
+    #[inline(always)]
+    fn unshuffle(halves: [Self::V; 2]) -> [Self::V; 2] {
+        I::unshuffle(halves)
+    }
+    #[inline(always)]
+    fn fold_adjacent(probs: [Self::V; 2]) -> [Self::V; 2] {
+        [I::round_adjacent(probs[0], probs[1]), probs[1]]
     }
     #[inline(always)]
     fn fold(probs: [Self::V; 2]) -> Self::V {

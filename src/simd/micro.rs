@@ -42,3 +42,70 @@ pub fn tile<T: SimdElement, K: VectorKernel<T>, const M: usize, const N: usize>(
     }
     acc
 }
+
+/// Dot products of `KEYS` rows of inputs with `ROWS` rows of operands over whole vectors: lane-wise partial sums.
+///
+/// Per step: `KEYS` loads from memory, `ROWS` operand loads and `KEYS * ROWS` multiply-accumulates.
+///
+/// # Panics
+/// When a row is shorter than `vectors` vectors.
+#[inline(always)]
+#[expect(unsafe_code, reason = "bounds of all rows are asserted once, outside the loop")]
+pub fn dot_tile<T: SimdElement, K: VectorKernel<T>, const KEYS: usize, const ROWS: usize>(
+    keys: [&[T]; KEYS],
+    queries: [&[T::Acc]; ROWS],
+    vectors: usize,
+) -> [[K::V; KEYS]; ROWS] {
+    let lanes = K::V::LANES;
+    let mut sums = [[K::V::splat(<T::Acc as crate::dtype::Float>::ZERO); KEYS]; ROWS];
+    assert!(keys.iter().all(|row| row.len() >= vectors * lanes * K::DEPTH), "dot_tile: a key is too short");
+    assert!(queries.iter().all(|row| row.len() >= vectors * lanes), "dot_tile: a query is too short");
+    for d in 0..vectors {
+        for (i, key) in keys.iter().enumerate() {
+            let width = lanes * K::DEPTH;
+            // SAFETY: `d < vectors`, and the row holds that many vectors of `width` elements.
+            let key = K::load_row(unsafe { std::slice::from_raw_parts(key.as_ptr().add(d * width), width) });
+            for (query, sums) in queries.iter().zip(&mut sums) {
+                // SAFETY: likewise.
+                let query = K::V::load(unsafe { std::slice::from_raw_parts(query.as_ptr().add(d * lanes), lanes) });
+                sums[i] = K::mul_acc(key, query, sums[i]);
+            }
+        }
+    }
+    sums
+}
+
+/// `acc[r][v] + sum over k of probs[r][k] . values[k][first..][v]`, `2 * HALF` vectors wide, in the order of
+/// [`VectorKernel::load_rows_shuffled`].
+///
+/// # Panics
+/// When a row of values ends before the last vector, or `probs` has fewer than `values.len() / DEPTH` operands in a row.
+#[inline(always)]
+#[expect(unsafe_code, reason = "bounds of all rows are asserted before they are read")]
+pub fn weigh_tile<T: SimdElement, K: VectorKernel<T>, const ROWS: usize, const HALF: usize>(
+    values: &[&[T]],
+    first: usize,
+    probs: [&[T::Acc]; ROWS],
+    mut acc: [[[K::V; 2]; HALF]; ROWS],
+) -> [[[K::V; 2]; HALF]; ROWS] {
+    let width = 2 * K::V::LANES;
+    let end = first + HALF * width;
+    let steps = values.len() / K::DEPTH;
+    assert!(probs.iter().all(|row| row.len() >= steps), "weigh_tile: too few probabilities");
+    assert!(values.iter().all(|row| row.len() >= end), "weigh_tile: a value is too short");
+    for (k, pair) in values.chunks_exact(K::DEPTH).enumerate() {
+        for h in 0..HALF {
+            // SAFETY: `first + (h + 1) * width <= end`, which every row reaches.
+            let rows = [pair[0], pair[K::DEPTH - 1]]
+                .map(|row| unsafe { std::slice::from_raw_parts(row.as_ptr().add(first + h * width), width) });
+            let columns = K::load_rows_shuffled(rows);
+            for (row, acc) in probs.iter().zip(&mut acc) {
+                // SAFETY: `k < steps`, and every row has that many operands.
+                let p = K::V::splat(unsafe { *row.as_ptr().add(k) });
+                acc[h][0] = K::mul_acc(p, columns[0], acc[h][0]);
+                acc[h][1] = K::mul_acc(p, columns[1], acc[h][1]);
+            }
+        }
+    }
+    acc
+}

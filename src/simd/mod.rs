@@ -17,7 +17,7 @@ mod probe;
 pub use element::SimdElement;
 pub use kernel::{PairDot, VectorKernel, Widen};
 pub use level::Level;
-pub use micro::tile;
+pub use micro::{dot_tile, tile, weigh_tile};
 pub use prefetch::prefetch;
 pub use probe::{ProbeKind, peak_flops_loop, sum_bytes};
 
@@ -63,6 +63,8 @@ pub trait Vector: Copy + 'static {
     fn zero_block() -> Self::Block;
     /// Lane `j` of register `i` becomes lane `i` of register `j`.
     fn transpose(block: Self::Block) -> Self::Block;
+    /// Lane `i` is the sum of the lanes of register `i`.
+    fn sum_rows(block: Self::Block) -> Self;
 }
 
 /// An instruction set.
@@ -98,6 +100,12 @@ pub trait Bf16Pairs: Isa {
     fn zip(first: &[bf16], second: &[bf16]) -> Self::F32;
     /// Reads `F32::LANES` adjacent pairs.
     fn load_pairs(src: &[bf16]) -> Self::F32;
+    /// Interleaves the first `2 * F32::LANES` elements of two rows, in an order that [`Bf16Pairs::unshuffle`] undoes.
+    fn zip_shuffled(first: &[bf16], second: &[bf16]) -> [Self::F32; 2];
+    /// Puts what was computed from [`Bf16Pairs::zip_shuffled`] in order.
+    fn unshuffle(halves: [Self::F32; 2]) -> [Self::F32; 2];
+    /// Rounds two vectors to bf16; the pairs are of adjacent lanes.
+    fn round_adjacent(first: Self::F32, second: Self::F32) -> Self::F32;
 }
 
 /// Work that is written once for every instruction set.

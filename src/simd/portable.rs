@@ -151,6 +151,11 @@ impl<E: PortableFloat> Vector for Lanes<E> {
     fn transpose(block: Self::Block) -> Self::Block {
         std::array::from_fn(|j| Self(std::array::from_fn(|i| block[i].0[j])))
     }
+    #[inline(always)]
+    fn sum_rows(block: Self::Block) -> Self {
+        let [a, b, c, d] = Self::transpose(block);
+        a.add(b).add(c.add(d))
+    }
 }
 
 impl Isa for Portable {

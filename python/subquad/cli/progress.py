@@ -105,10 +105,10 @@ class RichProgress:
         # is enough.
         self._progress = progress.Progress(
             progress.SpinnerColumn(finished_text="[green]✓[/]"),
-            progress.TextColumn("{task.description}"),
+            progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(bar_width=24),
             progress.TimeElapsedColumn(),
-            progress.TextColumn("[dim]{task.fields[detail]}[/]"),
+            progress.TextColumn("{task.fields[detail]}", style="dim", markup=False),
             console=Console(file=file),
             refresh_per_second=2,
         )

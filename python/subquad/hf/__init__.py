@@ -10,7 +10,7 @@
 Importing this package patches nothing.
 """
 
-from subquad.hf.patch import Patch, patch
+from subquad.hf.patching import Patch, patch
 from subquad.hf.report import Delegated, LeftAlone, Replaced, Report
 
 __all__ = ["Delegated", "LeftAlone", "Patch", "Replaced", "Report", "patch"]

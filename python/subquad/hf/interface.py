@@ -16,11 +16,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _EAGER = "eager_attention_forward"
 
-# All that transformers' usual eager attention refers to: scores, an added mask, softmax, dropout, values. Whatever
-# else a function refers to, such as `sinks` of the module, it computes something that is not known here.
+# All that transformers' usual eager attention refers to: scores, an added mask, softmax, dropout, values.
+# Whatever else a function refers to, such as `sinks` of the module, it computes something that is not known
+# here.
 _ORDINARY = frozenset(
-    {"F", "bool", "contiguous", "dropout", "dtype", "finfo", "float", "float32", "functional", "getattr", "hasattr"}
-    | {"head_dim", "matmul", "min", "nn", "num_key_value_groups", "query", "key", "value", "repeat_kv", "shape", "size"}
+    {"F", "bool", "contiguous", "dropout", "dtype", "finfo", "float", "float32", "functional", "getattr"}
+    | {"hasattr", "head_dim", "matmul", "min", "nn", "num_key_value_groups", "repeat_kv", "shape", "size"}
     | {"softmax", "tanh", "to", "torch", "training", "transpose", "type"}
 )  # fmt: skip
 
@@ -39,7 +40,7 @@ class Seam:
 
     @property
     def is_ordinary(self) -> bool:
-        """Whether its eager attention is `softmax(scale q k^T + mask) v` and no more than its arguments say."""
+        """Whether its eager attention is `softmax(scale q k^T + mask) v`, arguments apart."""
         code = getattr(self.eager, "__code__", None)
         return code is not None and all(_ORDINARY.issuperset(one.co_names) for one in _nested(code))
 
@@ -68,38 +69,45 @@ def _names(function: FunctionType) -> set[str]:
 
 
 @lru_cache(maxsize=1024)
-def find_seam(cls: type) -> Seam | None:
-    """Returns where a class calls the interface, or `None` if it does not.
-
-    A class that asks the interface only in `__init__` keeps what it got there: it is not one that can be patched.
-    """
+def _seam_of(cls: type) -> Seam | None:
     for function in _own_functions(cls):
         names = _names(function)
         if function.__name__ == "__init__" or _INTERFACE not in names:
             continue
-        # The eager function is a global of the file that defines the method, which for inherited methods is not the
-        # file of the class. Files with several kinds of attention give it a prefix.
+        # The eager function is a global of the file that defines the method, which for inherited methods is
+        # not the file of the class. Files with several kinds of attention give it a prefix.
         eager = [function.__globals__.get(name) for name in sorted(names) if name.endswith(_EAGER)]
         functions = function.__globals__.get(_INTERFACE, ALL_ATTENTION_FUNCTIONS)
         return Seam(functions, eager[0] if len(eager) == 1 else None)
     return None
 
 
-@lru_cache(maxsize=1024)
-def asks_for_sdpa(cls: type) -> bool:
-    """Whether the code of a class compares the name of the implementation with "sdpa"."""
-    for function in _own_functions(cls):
-        if "_attn_implementation" in _names(function):
-            for code in _nested(function.__code__):
-                flat = [one for const in code.co_consts for one in (const if type(const) is tuple else (const,))]
-                if "sdpa" in flat:
-                    return True
-    return False
+def find_seam(module: torch.nn.Module) -> Seam | None:
+    """Returns where the class of a module calls the interface, or `None` if it does not.
+
+    A class that asks the interface only in `__init__` keeps what it got there: it cannot be patched.
+    """
+    return _seam_of(type(module))  # type: ignore[arg-type] # classes are hashable, whatever their instances are
+
+
+def _literals(code: CodeType) -> Iterator[object]:
+    for constant in code.co_consts:
+        yield from constant if isinstance(constant, tuple) else (constant,)
+
+
+def asks_for_sdpa(module: torch.nn.Module) -> bool:
+    """Whether the code of a module's class compares the name of the implementation with "sdpa"."""
+    return any(
+        "sdpa" in _literals(code)
+        for function in _own_functions(type(module))
+        if "_attn_implementation" in _names(function)
+        for code in _nested(function.__code__)
+    )
 
 
 def interface_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Returns the modules of a model whose attention goes through the interface."""
-    return [module for module in model.modules() if find_seam(type(module)) is not None]
+    return [module for module in model.modules() if find_seam(module) is not None]
 
 
 def bypassing_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -114,7 +122,7 @@ def bypassing_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
         if not looks_like_attention(module) or not hasattr(type(module), "forward"):
             continue
         family = list(module.modules())
-        if any(find_seam(type(one)) is not None for one in family):
+        if any(find_seam(one) is not None for one in family):
             continue
         if not any(looks_like_attention(one) for one in family[1:]):
             found.append(module)

@@ -1,8 +1,8 @@
 """The mask function: plain causal masks and plain padding stay a description, everything else is a tensor.
 
-transformers hands what this function returns through the model to attention. Where its own mask function would
-build a tensor of one entry for each query and key, this one returns a `StructuredMask`, which attention reads
-directly. Code that treats it as a tensor gets the tensor, built then.
+transformers hands what this function returns through the model to attention. Where its own mask function
+would build a tensor of one entry for each query and key, this one returns a `StructuredMask`, which attention
+reads directly. Code that treats it as a tensor gets the tensor, built then.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _query_range(arguments: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def _padding_of_keys(arguments: dict[str, Any], kv_offset: int) -> torch.Tensor | None:
-    """Returns the padding mask of the keys, `[B, Sk]`, True for tokens; keys beyond the given mask are hidden."""
+    """Returns the padding mask of the keys, `[B, Sk]`; keys that the given mask lacks are hidden."""
     given, length = arguments.get("attention_mask"), arguments["kv_length"]
     if given is None:
         return None
@@ -97,8 +97,8 @@ def _is_left_out(request: _Request, local_size: int | None, entry: registry.Patc
     implementation = None if entry is None else entry.implementation
     if not request.causal:
         return implementation in ("eager", "sdpa")
-    # Only SDPA leaves causal masks out. Models know it by that name: those that ask for the name expect a mask from
-    # any other implementation.
+    # Only SDPA leaves causal masks out. Models know it by that name: those that ask for the name expect a
+    # mask from any other implementation.
     if entry is None or implementation != "sdpa" or entry.asks_for_sdpa:
         return False
     square = request.q_length in (1, request.kv_length) and request.visible == request.kv_length
@@ -111,14 +111,14 @@ def _on_cpu(device: Any) -> bool:
 
 
 def structured_mask(**arguments: Any) -> Any:
-    """transformers' mask function for subquad.
+    """The mask function of subquad in transformers' `AttentionMaskInterface`.
 
     Args:
         **arguments: Those of `transformers.masking_utils.sdpa_mask`.
 
     Returns:
-        A `StructuredMask` for plain causal masks and padding; `None` where the original implementation's mask function
-        returns `None` for them; for everything else what that function returns.
+        A `StructuredMask` for plain causal masks and padding; `None` where the original implementation's mask
+        function returns `None` for them; for everything else what that function returns.
     """
     given = arguments.get("attention_mask")
     if isinstance(given, StructuredMask):
@@ -134,9 +134,10 @@ def structured_mask(**arguments: Any) -> Any:
         return original(**arguments)
     if _is_left_out(request, arguments.get("local_size"), entry):
         return None
-    build = partial(
-        original, **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    )
+    forced: dict[str, Any] = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    if "q_offset" in arguments:
+        forced["q_offset"] = request.q_offset
+    build = partial(original, **{**arguments, **forced})
     return StructuredMask(
         causal=request.causal,
         batch_size=arguments["batch_size"],

@@ -1,8 +1,8 @@
 """Recognises the mask functions of transformers that are plain causal or hide nothing on a given range.
 
 transformers describes a mask by nested closures over token indices, such as
-`and_masks(sliding_window_overlay(512), causal_mask_function)`. A window that is longer than the sequence hides
-nothing, so that this one is plain causal for the first 512 tokens.
+`and_masks(sliding_window_overlay(512), causal_mask_function)`. A window that is longer than the sequence
+hides nothing, so that this one is plain causal for the first 512 tokens.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ class Span:
 
 def _captured(function: Callable[..., Any]) -> dict[str, Any]:
     names = function.__code__.co_freevars
-    return {
-        name: cell.cell_contents for name, cell in zip(names, function.__closure__ or (), strict=True)
-    }
+    return {name: cell.cell_contents for name, cell in zip(names, function.__closure__ or (), strict=True)}
 
 
 def _is_made_by(function: object, factory: str) -> bool:

@@ -1,7 +1,7 @@
 """Which configurations are switched to subquad, and subquad's entries in transformers' tables.
 
-transformers chooses the implementation by a name in the configuration, for a whole process. What belongs to one
-model is therefore looked up by the identity of its configuration.
+transformers chooses the implementation by a name in the configuration, for a whole process. What belongs to
+one model is therefore looked up by the identity of its configuration.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from transformers.modeling_utils import AttentionInterface
 
 from subquad.hf.report import Tally
 
-# transformers gives names that contain "flash", "sdpa" or "flex_attention" a meaning, and loads those with "/" from
-# its hub.
+# transformers gives names that contain "flash", "sdpa" or "flex_attention" a meaning, and loads those with
+# "/" from its hub.
 NAME = "subquad"
 
 

@@ -38,6 +38,21 @@ class LeftAlone:
 
 
 @dataclass(frozen=True)
+class Coverage:
+    """What a patch found in a model.
+
+    Attributes:
+        model: Class name of the model.
+        replaced: Modules whose attention subquad computes.
+        left_alone: Modules that stay as they were, and why.
+    """
+
+    model: str
+    replaced: tuple[Replaced, ...]
+    left_alone: tuple[LeftAlone, ...]
+
+
+@dataclass(frozen=True)
 class Delegated:
     """Calls that the original implementation computed.
 
@@ -89,8 +104,8 @@ class Report:
         computed: Calls that subquad computed.
         dense: Those of them that read a mask with one entry for each query and key, by the mask's origin.
         delegated: Calls that the original implementation computed, by reason, most frequent first.
-        compiled: Whether calls were compiled by `torch.compile`: the original computes those, and they are not
-            counted.
+        compiled: Whether calls were compiled by `torch.compile`: the original computes those, and they are
+            not counted.
     """
 
     model: str
@@ -117,20 +132,17 @@ class Report:
         return "\n".join(lines)
 
 
-def take_report(
-    model: str, active: bool, replaced: tuple[Replaced, ...], left_alone: tuple[LeftAlone, ...], tally: Tally
-) -> Report:  # fmt: skip
+def take_report(coverage: Coverage, tally: Tally, *, active: bool) -> Report:
     """Returns a snapshot; later calls do not change it."""
     return Report(
-        model=model,
+        model=coverage.model,
         active=active,
-        replaced=replaced,
-        left_alone=left_alone,
+        replaced=coverage.replaced,
+        left_alone=coverage.left_alone,
         computed=tally.computed,
         dense=dict(tally.dense.most_common()),
         delegated=tuple(
-            Delegated(reason, original, calls)
-            for (reason, original), calls in tally.delegated.most_common()
+            Delegated(reason, original, calls) for (reason, original), calls in tally.delegated.most_common()
         ),
         compiled=tally.compiled,
     )

@@ -18,8 +18,8 @@ class DenseForm:
     """The tensor that a `StructuredMask` stands for, built at most once.
 
     Attributes:
-        given_away: Whether code outside subquad holds the tensor. It may then have been written to, so that it counts
-            instead of the description.
+        given_away: Whether code outside subquad holds the tensor. It may then have been written to, so that
+            it counts instead of the description.
     """
 
     def __init__(self, build: Callable[[], Any]) -> None:
@@ -55,8 +55,8 @@ class StructuredMask:
 
     Query `i` sees key `j` if `padding[b, j]` and, when causal, `j <= i + offset`.
 
-    To other code it is a tensor `[B, 1, Sq, Sk]`: torch functions, operators and methods of tensors build that tensor
-    and use it.
+    To other code it is a tensor `[B, 1, Sq, Sk]`: torch functions, operators and methods of tensors build
+    that tensor and use it.
 
     Attributes:
         causal: Whether queries are kept from seeing later keys.
@@ -137,7 +137,7 @@ class StructuredMask:
         return self.batch_size
 
     def to(self, *arguments: Any, **options: Any) -> Any:
-        """Returns the mask itself for the CPU, and what the tensor's `to` returns for other devices and dtypes."""
+        """Returns the mask itself for the CPU, else what the tensor's `to` returns."""
         target = arguments[0] if len(arguments) == 1 else options.get("device")
         if isinstance(target, str | torch.device) and torch.device(target).type == "cpu":
             return self
@@ -156,7 +156,7 @@ class StructuredMask:
         return value
 
     def __getitem__(self, index: Any) -> Any:
-        """Returns a part of the mask: queries and leading keys stay a description, other parts are tensors."""
+        """Returns a part of the mask: a range of queries and leading keys as a mask, others as a tensor."""
         part = self._slice(index)
         return self.give_away()[index] if part is None else part
 
@@ -215,8 +215,8 @@ def _operator(name: str) -> Callable[..., Any]:
 
 # Python looks operators up in the class, past `__getattr__`.
 for _name in (
-    "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "and", "rand", "or", "ror", "xor", "rxor", "invert", "neg",
-    "eq", "ne", "lt", "le", "gt", "ge", "iter", "bool",
-):  # fmt: skip
+    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "neg", "invert", "iter", "bool"),
+    *("and", "rand", "or", "ror", "xor", "rxor", "eq", "ne", "lt", "le", "gt", "ge"),
+):
     setattr(StructuredMask, f"__{_name}__", _operator(f"__{_name}__"))
 StructuredMask.__hash__ = object.__hash__  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Whether torch is recording operations instead of only running them, so that a foreign kernel would be lost."""
+"""Whether torch is recording operations, so that what a foreign kernel computes would be lost."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ import torch
 
 # Neither is public; without them, only the public checks are made.
 _mode_depth = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-_is_functorch = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda _tensor: False)
+_is_functorch = getattr(
+    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda _tensor: False
+)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_tracing(tensor: Any = None) -> bool:
     """Tells whether a computation with the tensor is being recorded, simulated or transformed.
 
-    True within `torch.compile`, `torch.export`, `torch.jit.trace`, `torch.func` transforms and dispatch modes (fake
-    tensors, `make_fx`, counters of operations), and for subclasses of tensors, whose memory need not be what it seems.
+    True within `torch.compile`, `torch.export`, `torch.jit.trace`, `torch.func` transforms and dispatch modes
+    (fake tensors, `make_fx`, counters of operations), and for subclasses of tensors, whose memory need not be
+    what it seems.
 
     Args:
         tensor: A tensor of the computation, if there is one.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _mode_depth() > 0:
+    if torch.compiler.is_compiling() or _mode_depth() > 0:
+        return True
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return True
     return tensor is not None and (type(tensor) not in _PLAIN or bool(_is_functorch(tensor)))

@@ -1,11 +1,11 @@
 //! One panel of queries: its packed rows, its running softmax, and what one block of keys does to them.
 
 use super::plan::Buffers;
-use super::prefill::scale_base2;
 use super::{ExactArgs, ExactOut};
 use crate::dtype::Float;
-use crate::math::online_softmax::{Column, log_sum_exp, probabilities, step};
-use crate::math::tile::{MAX_LANES, TileKernel};
+use crate::math::load::MAX_LANES;
+use crate::math::online_softmax::{Column, log_sum_exp, probabilities, scale_base2, step};
+use crate::math::tile::TileKernel;
 use crate::simd::{Isa, SimdElement, Vector, VectorKernel};
 use std::marker::PhantomData;
 

@@ -19,7 +19,6 @@
 use super::panel::{Cut, Panel};
 use super::plan::{Buffers, Plan};
 use super::{Blocking, ExactArgs, ExactOut};
-use crate::dtype::Float;
 use crate::math::tile::{HeadRows, TileKernel, VectorTiles};
 use crate::parallel::for_each_tile;
 use crate::simd::{Isa, Level, SimdElement, Task};
@@ -132,9 +131,4 @@ impl<T: SimdElement> Prefill<'_, T> {
         let first = first_row + p * K::PANEL;
         Panel::new(self.args, buffers, state, (batch, kv_head), first, K::PANEL.min(rows - p * K::PANEL))
     }
-}
-
-/// `scale` in base 2.
-pub fn scale_base2<A: Float>(scale: f64) -> A {
-    A::from_f64(scale * std::f64::consts::LOG2_E)
 }

@@ -229,7 +229,7 @@ def run(cases: Sequence[Case], settings: Settings, progress: Progress) -> Outcom
                 outcome.rows.append(_row(one))
                 outcome.records.append(_record(one))
                 if one.failure:
-                    outcome.failures.append(f"{shape.name}/{dtype}, {one.threads} threads: {one.failure}")
+                    outcome.failures.append(f"{shape.name}/{dtype}, threads={one.threads}: {one.failure}")
                 if one.scaling is not None:
                     outcome.notes.append(_scaling_note(one, one.scaling))
             shares = ", ".join(f"{one.peak_share:.1%} of peak" for one in measurements)

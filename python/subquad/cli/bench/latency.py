@@ -77,7 +77,7 @@ def run(cases: Sequence[Case], settings: Settings, progress: Progress) -> Outcom
     Returns:
         The table and the wrong results.
     """
-    outcome = Outcome("latency", f"Smallest call, {settings.threads} threads, {cpu_name()}", COLUMNS)
+    outcome = Outcome("latency", f"Smallest call, threads={settings.threads}, {cpu_name()}", COLUMNS)
     with progress.stage("latency", total=len(cases)) as stage:
         for shape, dtype in cases:
             contenders.set_threads(settings.threads, use_torch=settings.use_torch)

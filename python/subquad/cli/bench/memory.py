@@ -73,7 +73,7 @@ def run(cases: Sequence[Case], settings: Settings, progress: Progress) -> Outcom
         for shape, dtype, threads in possible:
             size, method, failure = _measure(shape, dtype, threads)
             if failure:
-                outcome.failures.append(f"{shape.name}/{dtype}, {threads} threads: {failure}")
+                outcome.failures.append(f"{shape.name}/{dtype}, threads={threads}: {failure}")
             each = None if size is None else size / threads / 2**20
             within = each is None or not shape.limit_mib_per_thread or each <= shape.limit_mib_per_thread
             outcome.rows.append(
@@ -99,5 +99,5 @@ def run(cases: Sequence[Case], settings: Settings, progress: Progress) -> Outcom
                     "check": failure or "ok",
                 }
             )
-            stage.advance(f"{shape.name}/{dtype}, {threads} threads: {outcome.rows[-1][4]} MiB per thread")
+            stage.advance(f"{shape.name}/{dtype}, threads={threads}: {outcome.rows[-1][4]} MiB per thread")
     return outcome

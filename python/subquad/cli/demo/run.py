@@ -1,5 +1,6 @@
 """One measured run of the model: prefill, then greedy decoding, with one way of computing attention."""
 
+import inspect
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -52,6 +53,11 @@ def _capture_hidden(model: Any) -> Generator[list["torch.Tensor"]]:
         handle.remove()
 
 
+def _cache_argument(model: Any) -> str:
+    # Later versions of transformers call it `cache` and warn of the old name.
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def _choose(logits: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
     best = logits[:, -1].topk(2)
     return best.indices[:, :1], best.values[0, 0] - best.values[0, 1]
@@ -72,29 +78,31 @@ def run_once(model: Any, prompt: "torch.Tensor", new_tokens: int) -> Run:
     from transformers import DynamicCache
 
     with torch.no_grad(), peak_memory() as peak:
-        cache = DynamicCache(config=model.config)
+        options = {
+            _cache_argument(model): DynamicCache(config=model.config),
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
         with _capture_hidden(model) as captured:
             start = time.perf_counter()
-            output = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = model(input_ids=prompt, **options)
             token, margin = _choose(output.logits)
-            first = token.item()
+            tokens, margins = [int(token.item())], [margin]
             prefilled = time.perf_counter()
-        tokens, margins = [token], [margin]
         for _ in range(new_tokens - 1):
-            output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = model(input_ids=token, **options)
             token, margin = _choose(output.logits)
-            tokens.append(token)
+            tokens.append(int(token.item()))
             margins.append(margin)
-        ids = [int(first), *(int(token.item()) for token in tokens[1:])]
         end = time.perf_counter()
         hidden = captured[0][0]
-        del cache, output, captured
+        del options, output, captured
     return Run(
         prefill_seconds=prefilled - start,
         decode_seconds=(end - prefilled) / (new_tokens - 1) if new_tokens > 1 else None,
         peak_bytes=peak.bytes,
-        tokens=tuple(ids),
-        margins=tuple(float(value) for value in margins),
+        tokens=tuple(tokens),
+        margins=tuple(float(margin.item()) for margin in margins),
         hidden=hidden,
         implementation=str(getattr(model.config, "_attn_implementation", "")),
     )

@@ -1,0 +1,234 @@
+"""The attention function that transformers calls, and when the original has to compute instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from subquad.hf.delegate import Binding, Call, Original, binding_of, delegate, stray_binding
+from subquad.hf.structured_mask import CallMask, StructuredMask
+from subquad.hf.tracing import is_tracing
+from subquad.ops.exact import attention
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MAX_HEAD_DIM = 512
+_RANK = 4
+
+# Arguments that neither "eager" nor "sdpa" gives a meaning: notes for other implementations, and requests for
+# outputs of the model. Arguments that are in no list are delegated.
+_HARMLESS = frozenset(
+    {
+        "cache_position",
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "deterministic",
+        "logits_to_keep",
+        "max_length_k",
+        "max_length_q",
+        "mm_token_type_ids",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "seq_idx",
+        "token_type_ids",
+        "use_cache",
+    }
+)
+# Arguments that are looked at, each in its place below.
+_READ = frozenset({"dropout", "is_causal", "output_attentions", "scaling", "sliding_window"})
+# Arguments that change the result and are not implemented yet.
+_NOT_IMPLEMENTED = frozenset(
+    {"block_indices", "cache", "indices", "position_bias", "s_aux", "sinks", "softcap"}
+)
+
+
+def _refused_argument(call: Call) -> str | None:
+    kwargs = call.kwargs
+    for name, value in kwargs.items():
+        if value is None or name in _HARMLESS or name in _READ:
+            continue
+        return name if name in _NOT_IMPLEMENTED else f"{name} (unknown keyword argument)"
+    if kwargs.get("dropout"):
+        return "dropout"
+    wanted = kwargs.get("output_attentions")
+    if wanted is None:
+        wanted = getattr(getattr(call.module, "config", None), "output_attentions", False)
+    return "output_attentions" if wanted else None
+
+
+def _refused_tensors(call: Call) -> str | None:
+    tensors = (call.query, call.key, call.value)
+    for one in tensors:
+        if one.device.type != "cpu":
+            return f"device {one.device.type}"
+        if one.dtype not in _DTYPES:
+            return f"dtype {str(one.dtype).removeprefix('torch.')}"
+    if torch.is_grad_enabled():
+        mask = call.mask
+        if any(one.requires_grad for one in tensors) or (torch.is_tensor(mask) and mask.requires_grad):
+            return "gradients are enabled (torch.no_grad() disables them)"
+    return None
+
+
+def _refused_shapes(call: Call) -> str | None:
+    query, key, value = call.query.shape, call.key.shape, call.value.shape
+    reason = None
+    if not len(query) == len(key) == len(value) == _RANK:
+        reason = "tensors that are not 4-dimensional"
+    elif key[:3] != value[:3] or key[0] != query[0] or key[3] != query[3]:
+        reason = "shapes that broadcast"
+    elif 0 in query or 0 in key or 0 in value:
+        reason = "empty tensors"
+    elif query[1] % key[1]:
+        reason = "query heads that are no multiple of the key heads"
+    elif max(query[3], value[3]) > _MAX_HEAD_DIM:
+        reason = f"head_dim above {_MAX_HEAD_DIM}"
+    return reason
+
+
+def _refused_mask(mask: Any) -> str | None:
+    if mask is None or isinstance(mask, StructuredMask):
+        return None
+    if not isinstance(mask, torch.Tensor):
+        return f"mask of type {type(mask).__name__}"
+    if mask.device.type != "cpu":
+        return f"mask on device {mask.device.type}"
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        return f"mask of dtype {str(mask.dtype).removeprefix('torch.')}"
+    return None
+
+
+def _why_delegate(binding: Binding, call: Call) -> str | None:
+    """Returns why the original has to compute a call, or `None` if subquad can, whatever the mask means."""
+    if binding.is_stray:
+        return "another model with the same configuration"
+    if is_tracing(call.query):
+        return "tracing"
+    reason = (
+        _refused_argument(call) or _refused_tensors(call) or _refused_shapes(call) or _refused_mask(call.mask)
+    )
+    original = binding.original
+    if reason is None and original.name == "eager" and not original.seam.is_ordinary:
+        return "an eager attention of its own"
+    return reason
+
+
+def _without_mask(original: Original, call: Call) -> CallMask | str:
+    """Returns what a missing mask means to the original, or why subquad cannot express it."""
+    q_length, visible = call.query.shape[2], call.key.shape[2]
+    causal = original.name == "sdpa" and call.is_causal
+    if causal:
+        # SDPA aligns top-left. Keys beyond are the places of a static cache that are not filled yet.
+        if q_length > visible:
+            return "more causal queries than keys"
+        visible = q_length
+    window = call.kwargs.get("sliding_window")
+    # The original ignores this argument: it relies on the mask, which here has no window.
+    if isinstance(window, int) and window < visible:
+        return "sliding_window"
+    return CallMask(causal, visible, None)
+
+
+def _with_tensor(mask: torch.Tensor, call: Call) -> CallMask:
+    """Returns the mask as the bias of a call."""
+    kv_length = call.key.shape[2]
+    # Older eager functions cut the masks of static caches to the keys.
+    mask = mask[..., :kv_length] if mask.shape[-1] > kv_length else mask
+    accumulator = torch.float64 if call.query.dtype == torch.float64 else torch.float32
+    if mask.dtype not in (torch.bool, accumulator):
+        mask = mask.to(call.query.dtype)
+    if mask.dtype == torch.bool and mask.ndim == _RANK and mask.shape[2:] == (1, kv_length):
+        # When a static cache is decoded, most keys are places not filled yet, and reading those takes time.
+        seen = mask.flatten(0, 2).any(0).nonzero()
+        kv_length = int(seen[-1]) + 1 if len(seen) else 1
+        mask = mask[..., :kv_length]
+    return CallMask(causal=False, visible=kv_length, bias=mask)
+
+
+def _origin(call: Call) -> str:
+    window = call.kwargs.get("sliding_window")
+    is_windowed = isinstance(window, int) and window < call.key.shape[2]
+    return "sliding_window" if is_windowed else "mask of the model"
+
+
+def _under_autocast(call: Call) -> Call:
+    """Casts as autocast does for SDPA."""
+    if not torch.is_autocast_enabled("cpu"):
+        return call
+    dtype = torch.get_autocast_dtype("cpu")
+    query, key, value = (
+        one if one.dtype == torch.float64 else one.to(dtype) for one in (call.query, call.key, call.value)
+    )
+    return call._replace(query=query, key=key, value=value)
+
+
+def _express(binding: Binding, call: Call) -> CallMask | str:
+    """Returns the mask in arguments of `subquad.attention`, or why the original has to compute the call."""
+    reason = _why_delegate(binding, call)
+    if reason is not None:
+        return reason
+    if call.mask is None:
+        return _without_mask(binding.original, call)
+    if isinstance(call.mask, StructuredMask):
+        structured = call.mask.for_call(call.query.shape[2], call.key.shape[2])
+        return _with_tensor(call.mask.dense(), call) if structured is None else structured
+    return _with_tensor(call.mask, call)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention function of subquad in transformers' `AttentionInterface`.
+
+    Args:
+        module: The module that calls attention.
+        query: `[B, H, Sq, D]`.
+        key: `[B, Hkv, Sk, D]`.
+        value: `[B, Hkv, Sk, Dv]`.
+        attention_mask: A `StructuredMask`, a tensor broadcastable to `[B, H, Sq, Sk]` (bool, where False
+            hides a key, or what is added to the scores), or `None`, which means what it means to the original
+            implementation.
+        **kwargs: `scaling`, and others; calls with arguments that are not implemented go to the original.
+
+    Returns:
+        The output, `[B, Sq, H, Dv]`, and `None`, or what the original returns. A query that sees no key gives
+        zeros.
+
+    Raises:
+        RuntimeError: The module's configuration is that of no patched model.
+        NotImplementedError: Neither subquad nor the original can compute the call.
+    """
+    binding = binding_of(module) or stray_binding(module)
+    call = Call(module, query, key, value, attention_mask, kwargs)
+    if torch.compiler.is_compiling():
+        for tally in binding.tallies:
+            tally.compiled = True
+        return delegate(binding.original, call)
+    call = _under_autocast(call)
+    mask = _express(binding, call)
+    if isinstance(mask, str):
+        for tally in binding.tallies:
+            tally.delegated[mask, binding.original.name] += 1
+        return delegate(binding.original, Call(module, query, key, value, attention_mask, kwargs))
+    is_dense = mask.bias is not None and mask.bias.ndim > 1 and mask.bias.shape[-2] > 1
+    for tally in binding.tallies:
+        tally.computed += 1
+        if is_dense:
+            tally.dense[_origin(call)] += 1
+    output = attention(
+        call.query.transpose(1, 2),
+        call.key[:, :, : mask.visible].transpose(1, 2),
+        call.value[:, :, : mask.visible].transpose(1, 2),
+        causal=mask.causal,
+        scale=kwargs.get("scaling"),
+        bias=mask.bias,
+    )
+    return output, None

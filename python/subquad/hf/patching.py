@@ -1,0 +1,260 @@
+"""`patch(model)`: switches a model's attention to subquad, and back."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from threading import RLock
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from subquad.hf import registry
+from subquad.hf.attention import attention_forward
+from subquad.hf.delegate import ATTRIBUTE, Binding, Original, binding_of
+from subquad.hf.interface import asks_for_sdpa, bypassing_modules, find_seam, interface_modules
+from subquad.hf.masks import structured_mask
+from subquad.hf.report import Coverage, LeftAlone, Replaced, Report, Tally, take_report
+
+# Implementations whose meaning of a missing mask is known, and whose masks can be built.
+_KNOWN = ("eager", "sdpa", "flex_attention")
+_lock = RLock()
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """Returns the configurations of a model and of the models in it, each once."""
+    found: dict[int, Any] = {}
+
+    def visit(config: Any) -> None:
+        if config is None or id(config) in found or not hasattr(config, "_attn_implementation"):
+            return
+        found[id(config)] = config
+        for name in getattr(config, "sub_configs", {}):
+            visit(getattr(config, name, None))
+
+    visit(model.config)
+    for module in model.modules():
+        visit(getattr(module, "config", None))
+    return list(found.values())
+
+
+def _config_of(module: torch.nn.Module) -> Any:
+    return module.config
+
+
+def _set_own(config: Any, implementation: str | None) -> None:
+    # A dictionary without entries for sub-configurations leaves those as they are.
+    config._attn_implementation = {"": implementation}
+
+
+def _device(module: torch.nn.Module) -> str:
+    parameter = next(module.parameters(), None)
+    return "cpu" if parameter is None else parameter.device.type
+
+
+def _count_left_alone(reasons: Sequence[tuple[torch.nn.Module, str]]) -> tuple[LeftAlone, ...]:
+    counts = Counter((type(module).__name__, reason) for module, reason in reasons)
+    return tuple(LeftAlone(name, count, reason) for (name, reason), count in counts.items())
+
+
+def _release(held: Sequence[Any], tally: Tally) -> None:
+    with _lock:
+        for config in held:
+            entry = registry.release(config, tally)
+            if entry is not None:
+                _set_own(entry.config, entry.original)
+        registry.unregister_unused()
+
+
+class Patch:
+    """A patch of one model: what `patch` returns. As a context manager it undoes itself at the end."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        coverage: Coverage,
+        tally: Tally,
+        *,
+        held: Sequence[Any],
+        bound: Sequence[torch.nn.Module],
+    ) -> None:
+        """Records what `patch` has done."""
+        # Otherwise a model that only the patch refers to would be gone, and with it the patch.
+        self._model: PreTrainedModel | None = model
+        self._coverage = coverage
+        self._tally = tally
+        self._bound = tuple(bound)
+        # Also restores the configuration, which other models may share, when the model is dropped without
+        # `undo`.
+        self._finalizer = weakref.finalize(model, _release, tuple(held), tally)
+        self._finalizer.atexit = False
+
+    @property
+    def active(self) -> bool:
+        """Whether the patch is in place."""
+        return self._finalizer.alive
+
+    def report(self) -> Report:
+        """Returns what was replaced, what was left alone and why, and the calls so far."""
+        return take_report(self._coverage, self._tally, active=self.active)
+
+    def undo(self) -> None:
+        """Restores the implementations the model had. A second call does nothing.
+
+        Where several patches cover a model, it is restored when the last of them is undone, in whatever
+        order.
+        """
+        with _lock:
+            self._finalizer()
+            for module in self._bound:
+                binding = binding_of(module)
+                if binding is None:
+                    continue
+                left = tuple(one for one in binding.tallies if one is not self._tally)
+                if left:
+                    setattr(module, ATTRIBUTE, Binding(binding.original, left))
+                else:
+                    delattr(module, ATTRIBUTE)
+            self._bound = ()
+            self._model = None
+
+    def __enter__(self) -> Patch:
+        """Returns the patch, which is already in place.
+
+        Raises:
+            RuntimeError: It was undone.
+        """
+        if not self.active:
+            raise RuntimeError("this patch was undone; call subquad.hf.patch again")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Undoes the patch."""
+        self.undo()
+
+
+def _check_model(model: object) -> PreTrainedModel:
+    if not isinstance(model, PreTrainedModel):
+        kind = f"{type(model).__module__}.{type(model).__qualname__}"
+        raise TypeError(
+            f"model: expected a transformers.PreTrainedModel, got {kind}"
+            + (" (of a wrapper, pass the model inside)" if isinstance(model, torch.nn.Module) else "")
+        )
+    return model
+
+
+def _check_implementations(model: PreTrainedModel, modules: Sequence[torch.nn.Module]) -> None:
+    """Refuses models whose present implementation is not one that calls can be delegated to."""
+    for config in {id(config): config for config in map(_config_of, modules)}.values():
+        name = config._attn_implementation
+        if registry.find(config) is not None or name is None or name in _KNOWN:
+            continue
+        hint = "it is a copy of a patched model; " if name == registry.NAME else ""
+        raise ValueError(
+            f'{type(model).__name__}: cannot patch the attention implementation "{name}", only '
+            f'{", ".join(_KNOWN)}: {hint}call model.set_attn_implementation("sdpa") or ("eager") first'
+        )
+
+
+def _no_seam(model: PreTrainedModel, left_alone: Sequence[LeftAlone]) -> ValueError:
+    listed = "".join(f"\n  left alone: {one.name} x{one.count}: {one.reason}" for one in left_alone)
+    return ValueError(
+        f"{type(model).__name__}: no attention of this model goes through transformers' AttentionInterface: "
+        "nothing was patched. subquad.torch.override_sdpa() reaches models that call PyTorch's "
+        f"scaled_dot_product_attention themselves.{listed}"
+    )
+
+
+def _switch(model: PreTrainedModel, tally: Tally) -> list[Any]:
+    """Sets the implementation of the model and returns the configurations that now have it."""
+    configs = _configs(model)
+    before = [(config, config._attn_implementation) for config in configs]
+    # One module of each class will do.
+    asks = any(map(asks_for_sdpa, {type(module): module for module in model.modules()}.values()))
+    registry.register(attention_forward, structured_mask)
+    try:
+        model.set_attn_implementation(registry.NAME)
+    except BaseException:
+        for config, name in before:
+            _set_own(config, name)
+        registry.unregister_unused()
+        raise
+    held = []
+    for config, name in before:
+        if config._attn_implementation == registry.NAME:
+            registry.hold(registry.PatchedConfig(config, name, asks, ()), tally)
+            held.append(config)
+    return held
+
+
+def _bind(modules: Sequence[torch.nn.Module], tally: Tally) -> dict[torch.nn.Module, str]:
+    """Marks modules as patched; returns those that could be, with the name of their original."""
+    bound = {}
+    for module in modules:
+        entry, seam, known = registry.find(module.config), find_seam(module), binding_of(module)
+        if entry is None or seam is None:
+            continue
+        original = Original(entry.implementation, seam) if known is None else known.original
+        setattr(module, ATTRIBUTE, Binding(original, (*(known.tallies if known else ()), tally)))
+        bound[module] = original.name
+    return bound
+
+
+def patch(model: PreTrainedModel) -> Patch:
+    """Lets subquad compute the attention of a HuggingFace model.
+
+    Works for every model that uses transformers' `AttentionInterface`. Other models are not affected, not
+    even of the same class. Calls that subquad does not implement are computed by the implementation the model
+    had; the report says which and how many. Those are calls with gradients or dropout, with `softcap`,
+    `s_aux`, `sinks`, `position_bias`, `indices`, `block_indices` or a paged cache, with `output_attentions`,
+    on other devices than the CPU, and within `torch.compile`.
+
+    A model that is already patched can be patched again: each patch has its own counts, and the model is
+    restored when the last one is undone.
+
+    Args:
+        model: The model. Its parameters and modules are not changed.
+
+    Returns:
+        The patch, with `report()` and `undo()`, and as a context manager.
+
+    Raises:
+        TypeError: `model` is no `transformers.PreTrainedModel`.
+        ValueError: No attention of the model uses the interface, or its present implementation is not
+            "eager", "sdpa" or "flex_attention".
+    """
+    model = _check_model(model)
+    with _lock:
+        using = [module for module in interface_modules(model) if hasattr(module, "config")]
+        left = [(module, "its class does not use AttentionInterface") for module in bypassing_modules(model)]
+        if not using:
+            raise _no_seam(model, _count_left_alone(left))
+        _check_implementations(model, using)
+        tally = Tally()
+        held = _switch(model, tally)
+        bound = _bind(using, tally)
+        replaced: Counter[tuple[str, str]] = Counter()
+        for module in using:
+            if module not in bound:
+                left.append((module, "transformers does not let its model set the implementation"))
+            elif (device := _device(module)) != "cpu":
+                left.append((module, f"on device {device}: calls are delegated to {bound[module]}"))
+            else:
+                replaced[type(module).__name__, bound[module]] += 1
+        coverage = Coverage(
+            model=type(model).__name__,
+            replaced=tuple(Replaced(name, count, original) for (name, original), count in replaced.items()),
+            left_alone=_count_left_alone(left),
+        )
+        if not bound:
+            _release(held, tally)
+            raise _no_seam(model, coverage.left_alone)
+        return Patch(model, coverage, tally, held=held, bound=list(bound))

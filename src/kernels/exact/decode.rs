@@ -1,0 +1,328 @@
+//! Decode: few queries against many keys. Keys and values are read once per key/value head, where they lie, and the key axis is
+//! split into pieces that are merged (Flash-Decoding, Dao et al. 2023; LeanAttention, Sanovar et al. 2024).
+//!
+//! ```text
+//! for a piece of the keys of one key/value head (a task):      rows: (token, head of the group)
+//!   for a block of 64 keys:
+//!     s = q K^T                                                 inner products, reduced across lanes
+//!     m, alpha = online softmax step; p = 2^(s * scale - m); o = alpha o + p V
+//! for a row of several pieces: merge (o, m, l)
+//! ```
+
+use super::splits::{MAX_ROWS, Piece, Splits};
+use super::{ExactArgs, ExactOut};
+use crate::dtype::Float;
+use crate::math::dot;
+use crate::math::load::load_row;
+use crate::math::online_softmax::{log_sum_exp, row_probabilities, scale_base2};
+use crate::math::weigh::{self, MAX_KEYS, acc_stride};
+use crate::parallel::{RowWriter, for_each_tile};
+use crate::simd::{Isa, Level, SimdElement, Task, Vector, VectorKernel, prefetch};
+use crate::tensor::MAX_HEAD_DIM;
+use crate::workspace::{Scratch, padded};
+use std::ops::Range;
+use std::sync::OnceLock;
+
+/// Calls that read fewer bytes than this are over before another thread would start.
+const SERIAL_BYTES: usize = 1 << 18;
+
+struct Decode<'a, T: SimdElement> {
+    args: &'a ExactArgs<'a, T>,
+    out: &'a ExactOut<'a, T>,
+    splits: &'a Splits,
+    /// `[1, pieces, MAX_ROWS, acc_stride + 2]`: accumulator, maximum, sum.
+    partials: Option<RowWriter<'a, T::Acc>>,
+}
+
+/// Computes `out` with up to `threads` threads. Results do not depend on how many.
+pub fn forward<T: SimdElement>(
+    args: &ExactArgs<'_, T>,
+    out: &ExactOut<'_, T>,
+    level: Level,
+    threads: usize,
+    num_splits: Option<usize>,
+) {
+    let shape = args.shape;
+    let splits = Splits::new(args, num_splits);
+    let keys: usize = (0..shape.batch).map(|batch| args.visible(batch, shape.seqlen_q.saturating_sub(1)).len()).sum();
+    let bytes = (keys * shape.num_kv_heads * (shape.head_dim + shape.head_dim_v)).saturating_mul(size_of::<T>());
+    let threads = if bytes < SERIAL_BYTES { 1 } else { threads };
+    if !splits.merges() {
+        for_each_tile(level, threads, splits.count(), &Decode { args, out, splits: &splits, partials: None });
+        return;
+    }
+    let width = OnceLock::new();
+    level.run(&PartialWidth { args, width: &width }, 0);
+    let width = width.into_inner().unwrap_or(0);
+    let shape_of_partials = [1, splits.count(), MAX_ROWS, width];
+    let total = splits.count() * MAX_ROWS * width;
+    let mut scratch = Scratch::take::<T::Acc>(total);
+    let partials = &mut scratch.as_mut_slice::<T::Acc>()[..total];
+    let writer = RowWriter::new(partials, shape_of_partials, [total, MAX_ROWS * width, width]);
+    for_each_tile(level, threads, splits.count(), &Decode { args, out, splits: &splits, partials: Some(writer) });
+    let merge = Merge { args, out, splits: &splits, partials, width };
+    let merged = shape.batch * splits.kv_heads();
+    for_each_tile(level, if merged * total < SERIAL_BYTES { 1 } else { threads }, merged, &merge);
+}
+
+/// Vectors, and with them accumulators, differ between instruction sets.
+struct PartialWidth<'a, T: SimdElement> {
+    args: &'a ExactArgs<'a, T>,
+    width: &'a OnceLock<usize>,
+}
+
+impl<T: SimdElement> Task for PartialWidth<'_, T> {
+    #[inline(always)]
+    fn run<I: Isa>(&self, _index: usize) {
+        self.width.get_or_init(|| acc_stride::<T, I>(self.args.shape.head_dim_v) + 2);
+    }
+}
+
+/// Where the rows of a block lie.
+#[derive(Clone, Copy)]
+struct BlockRows<'a, T> {
+    keys: [&'a [T]; MAX_KEYS],
+    values: [&'a [T]; MAX_KEYS],
+}
+
+impl<T: SimdElement> Task for Decode<'_, T> {
+    #[inline(always)]
+    fn run<I: Isa>(&self, index: usize) {
+        let piece = self.splits.piece(index);
+        let shape = self.args.shape;
+        let lanes = T::V::<I>::LANES;
+        let depth = T::Kernel::<I>::DEPTH;
+        let query_stride = padded::<T::Acc>(shape.head_dim.div_ceil(depth).next_multiple_of(lanes));
+        let stride = acc_stride::<T, I>(shape.head_dim_v);
+        let lengths = [piece.rows * query_stride, piece.rows * MAX_KEYS, piece.rows * stride];
+        let mut scratch = Scratch::take::<T::Acc>(lengths.iter().sum());
+        let (queries, rest) = scratch.as_mut_slice::<T::Acc>().split_at_mut(lengths[0]);
+        let (scores, rest) = rest.split_at_mut(lengths[1]);
+        let acc = &mut rest[..lengths[2]];
+        for r in 0..piece.rows {
+            let (token, head) = self.position(&piece, r);
+            let row = self.args.q.row(piece.batch, token, head);
+            for d in (0..shape.head_dim.div_ceil(depth)).step_by(lanes) {
+                load_row::<T, I>(&row[d * depth..]).store(&mut queries[r * query_stride + d..]);
+            }
+        }
+        acc.fill(T::Acc::ZERO);
+        let mut state = Running { m: [T::Acc::NEG_INFINITY; MAX_ROWS], l: [T::Acc::ZERO; MAX_ROWS] };
+        let zeros = [T::zeroed(); MAX_HEAD_DIM];
+        let zeros = &zeros[..shape.head_dim_v];
+        let mut rows = [BlockRows { keys: [&[]; MAX_KEYS], values: [zeros; MAX_KEYS] }; 2];
+        let mut block = piece.keys.start..piece.keys.end.min(piece.keys.start + MAX_KEYS);
+        self.find(&piece, &block, &mut rows[0]);
+        let mut turn = 0;
+        while !block.is_empty() {
+            let next = block.end..piece.keys.end.min(block.end + MAX_KEYS);
+            self.find(&piece, &next, &mut rows[1 - turn]);
+            for (key, value) in rows[1 - turn].keys.iter().zip(&rows[1 - turn].values).take(next.len()) {
+                prefetch(key);
+                prefetch(value);
+            }
+            let current = &mut rows[turn];
+            let operands = (&*queries, query_stride);
+            let keys = &current.keys[..block.len()];
+            dot::scores::<T, I>(keys, operands, shape.head_dim, piece.rows, (scores, MAX_KEYS));
+            self.weigh::<I>(&piece, &block, (&mut current.values, zeros), scores, &mut state, acc);
+            block = next;
+            turn = 1 - turn;
+        }
+        for r in 0..piece.rows {
+            let acc = &acc[r * stride..(r + 1) * stride];
+            match &self.partials {
+                Some(partials) if piece.partial => {
+                    let row = partials.row(0, index, r);
+                    row[..stride].copy_from_slice(acc);
+                    row[stride..].copy_from_slice(&[state.m[r], state.l[r]]);
+                }
+                _ => {
+                    let at = (piece.batch, self.position(&piece, r));
+                    finish::<T, I>(self.out, at, acc, state.m[r], state.l[r]);
+                }
+            }
+        }
+    }
+}
+
+/// The running softmax of every row, in base 2.
+struct Running<A> {
+    m: [A; MAX_ROWS],
+    l: [A; MAX_ROWS],
+}
+
+impl<'a, T: SimdElement> Decode<'a, T> {
+    /// `(token, head)` of a row.
+    #[inline(always)]
+    fn position(&self, piece: &Piece, row: usize) -> (usize, usize) {
+        position(self.args, piece.kv_head, piece.first_row + row)
+    }
+
+    /// Finds the rows of `keys`.
+    #[inline(always)]
+    fn find(&self, piece: &Piece, keys: &Range<usize>, rows: &mut BlockRows<'a, T>) {
+        for (i, key) in keys.clone().enumerate() {
+            let (batch, token) = self.args.place(piece.batch, key);
+            rows.keys[i] = self.args.k.row(batch, token, piece.kv_head);
+            rows.values[i] = self.args.v.row(batch, token, piece.kv_head);
+        }
+    }
+
+    /// Turns a block's scores into probabilities and adds the weighted values.
+    #[inline(always)]
+    fn weigh<I: Isa>(
+        &self,
+        piece: &Piece,
+        block: &Range<usize>,
+        (values, zeros): (&mut [&'a [T]; MAX_KEYS], &'a [T]),
+        scores: &mut [T::Acc],
+        state: &mut Running<T::Acc>,
+        acc: &mut [T::Acc],
+    ) {
+        let depth = T::Kernel::<I>::DEPTH;
+        let head_dim_v = self.args.shape.head_dim_v;
+        let stride = acc_stride::<T, I>(head_dim_v);
+        let scale = scale_base2::<T::Acc>(self.args.scale);
+        let mut alphas = [T::Acc::ZERO; MAX_ROWS];
+        let mut cut = false;
+        for (r, scores) in scores.chunks_exact_mut(MAX_KEYS).take(piece.rows).enumerate() {
+            let (token, head) = self.position(piece, r);
+            let visible = self.args.visible(piece.batch, token);
+            let local = |key: usize| key.clamp(block.start, block.end) - block.start;
+            let seen = local(visible.start)..local(visible.end);
+            let mut bias = [T::Acc::ZERO; MAX_KEYS];
+            let bias = (!self.args.bias.is_none()).then(|| {
+                self.args.bias.read([piece.batch, head, token], block.start, &mut bias[..block.len()]);
+                &bias
+            });
+            let row = row_probabilities::<T, I>(scores, (block.len(), seen), scale, bias, &mut state.m[r], &mut state.l[r]);
+            alphas[r] = row.alpha;
+            cut |= row.hides;
+        }
+        // A last operand of half a pair takes a row of zeros.
+        let whole = block.len().next_multiple_of(depth);
+        values[block.len()..whole].fill(zeros);
+        if !cut {
+            for scores in scores.chunks_exact_mut(MAX_KEYS).take(piece.rows) {
+                fold::<T, I>(scores, whole);
+            }
+            let probs = (&*scores, MAX_KEYS);
+            weigh::accumulate::<T, I>(&values[..whole], head_dim_v, probs, &alphas[..piece.rows], acc);
+            return;
+        }
+        // A hidden key's probability is 0, but 0 times an infinite or NaN value would not be: each row takes what it sees.
+        for (r, scores) in scores.chunks_exact_mut(MAX_KEYS).take(piece.rows).enumerate() {
+            let mut kept: [&[T]; MAX_KEYS] = [zeros; MAX_KEYS];
+            let mut count = 0;
+            for j in 0..block.len() {
+                if scores[j].to_f64().is_sign_positive() {
+                    scores[count] = scores[j];
+                    kept[count] = values[j];
+                    count += 1;
+                }
+            }
+            scores[count..].fill(T::Acc::ZERO);
+            let whole = count.next_multiple_of(depth);
+            fold::<T, I>(scores, whole);
+            let acc = &mut acc[r * stride..];
+            weigh::accumulate::<T, I>(&kept[..whole], head_dim_v, (scores, MAX_KEYS), &alphas[r..=r], acc);
+        }
+    }
+}
+
+/// Turns `count` probabilities of a row into operands, in place.
+#[inline(always)]
+fn fold<T: SimdElement, I: Isa>(probs: &mut [T::Acc], count: usize) {
+    let lanes = T::V::<I>::LANES;
+    let depth = T::Kernel::<I>::DEPTH;
+    if depth == 1 {
+        return;
+    }
+    for j in (0..count).step_by(2 * lanes) {
+        let pair = [T::V::<I>::load(&probs[j..]), T::V::<I>::load(&probs[j + lanes..])];
+        T::Kernel::<I>::fold_adjacent(pair)[0].store(&mut probs[j / depth..]);
+    }
+}
+
+/// `(token, head)` of a query row of a key/value head.
+#[inline(always)]
+fn position<T: SimdElement>(args: &ExactArgs<'_, T>, kv_head: usize, row: usize) -> (usize, usize) {
+    let group = args.shape.group();
+    (row / group, kv_head * group + row % group)
+}
+
+/// Divides by the sum and writes a row; a row that saw no key is 0.
+#[inline(always)]
+fn finish<T: SimdElement, I: Isa>(
+    out: &ExactOut<'_, T>,
+    (batch, (token, head)): (usize, (usize, usize)),
+    acc: &[T::Acc],
+    m: T::Acc,
+    l: T::Acc,
+) {
+    let factor = if l == T::Acc::ZERO { l } else { T::Acc::from_f64(1.0 / l.to_f64()) };
+    weigh::deliver::<T, I>(acc, factor, out.out.row(batch, token, head));
+    if let Some(lse) = &out.lse {
+        lse.row(batch, token, head)[0] = log_sum_exp(m, l);
+    }
+}
+
+/// Merges the pieces of every row, in the order of the keys.
+struct Merge<'a, T: SimdElement> {
+    args: &'a ExactArgs<'a, T>,
+    out: &'a ExactOut<'a, T>,
+    splits: &'a Splits,
+    partials: &'a [T::Acc],
+    width: usize,
+}
+
+impl<T: SimdElement> Task for Merge<'_, T> {
+    #[inline(always)]
+    fn run<I: Isa>(&self, index: usize) {
+        let heads = self.splits.kv_heads();
+        for first in self.splits.first_pieces(index / heads, index % heads) {
+            let piece = self.splits.piece(first);
+            if !piece.partial {
+                continue;
+            }
+            for r in 0..piece.rows {
+                let at = (piece.batch, position(self.args, piece.kv_head, piece.first_row + r));
+                self.row::<I>(first, self.splits.along_keys(piece.batch), r, at);
+            }
+        }
+    }
+}
+
+impl<T: SimdElement> Merge<'_, T> {
+    #[inline(always)]
+    fn row<I: Isa>(&self, first: usize, pieces: usize, r: usize, at: (usize, (usize, usize))) {
+        let stride = self.width - 2;
+        let part = |i: usize| &self.partials[((first + i) * MAX_ROWS + r) * self.width..][..self.width];
+        let mut m = T::Acc::NEG_INFINITY;
+        for i in 0..pieces {
+            let peak = part(i)[stride];
+            m = if peak > m { peak } else { m };
+        }
+        let base = if m > T::Acc::NEG_INFINITY { m.to_f64() } else { 0.0 };
+        let mut l = 0.0;
+        let mut scratch = Scratch::take::<T::Acc>(stride);
+        let acc = &mut scratch.as_mut_slice::<T::Acc>()[..stride];
+        acc.fill(T::Acc::ZERO);
+        for i in 0..pieces {
+            let part = part(i);
+            let weight = (part[stride].to_f64() - base).exp2();
+            // A piece without visible keys: nothing to add, and 0 times what it holds is not always 0.
+            if part[stride + 1] == T::Acc::ZERO {
+                continue;
+            }
+            l += weight * part[stride + 1].to_f64();
+            let weight = T::V::<I>::splat(T::Acc::from_f64(weight));
+            for d in (0..stride).step_by(T::V::<I>::LANES) {
+                let sum = T::V::<I>::load(&part[d..]).mul_add(weight, T::V::<I>::load(&acc[d..]));
+                sum.store(&mut acc[d..]);
+            }
+        }
+        finish::<T, I>(self.out, at, acc, m, T::Acc::from_f64(l));
+    }
+}

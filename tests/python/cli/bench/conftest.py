@@ -1,0 +1,79 @@
+"""Tiny shapes, and settings that measure them shortly."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from subquad.cli.bench.outcome import Settings
+
+TINY = """
+[[exact]]
+name = "tiny"
+batch = 2
+heads = 4
+kv_heads = 2
+queries = 24
+head_dim = 8
+causal = true
+dtypes = ["float32", "bfloat16"]
+
+[[exact]]
+name = "append"
+queries = 3
+keys = 20
+head_dim = 8
+causal = true
+threads = [1, 2]
+dtypes = ["float32"]
+
+[[latency]]
+name = "small"
+queries = 4
+head_dim = 8
+dtypes = ["float32"]
+limit_us = 1e6
+
+[[memory]]
+name = "long"
+queries = 600
+head_dim = 8
+causal = true
+dtypes = ["float32"]
+limit_mib_per_thread = 100
+"""
+
+
+@pytest.fixture
+def shapes(tmp_path) -> Path:
+    """A file of tiny shapes."""
+    path = tmp_path / "shapes.toml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture
+def make_settings(shapes) -> Callable[..., Settings]:
+    """Makes settings for the tiny shapes: one thread, two rounds, without torch."""
+
+    def make(**changes: object) -> Settings:
+        fields = {
+            "shapes": shapes,
+            "pattern": "*",
+            "threads": 1,
+            "repeat": 2,
+            "time_budget": 1.0,
+            "use_torch": False,
+        }
+        return Settings(**{**fields, **changes})  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    """Shortens what each sample waits and lasts."""
+    monkeypatch.setattr("subquad.cli.bench.timing._SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("subquad.cli.bench.timing._SAMPLE_SECONDS", 1e-4)
+    monkeypatch.setattr("subquad.cli.bench.timing._WARM_SECONDS", 0.0)
+    monkeypatch.setattr("subquad.cli.bench.contenders._PROBE_SECONDS", 1e-4)

@@ -1,0 +1,54 @@
+"""The contenders."""
+
+import pytest
+
+import subquad
+from subquad import _native
+from subquad.cli.bench import contenders, tensors
+from subquad.cli.bench.shapes import Shape
+
+
+def test_torch_cannot_align_bottom_right():
+    pytest.importorskip("torch")
+    shape = Shape("a", 3, 8, ("float32",), keys=5, causal=True)
+    inputs = tensors.make_inputs(shape, "float32", use_torch=True)
+    assert contenders.sdpa_calls(shape, inputs) is None
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
+@pytest.mark.parametrize(("keys", "causal"), [(3, True), (5, False)])
+def test_both_sdpas_compute_the_same(heads, kv_heads, keys, causal):
+    torch = pytest.importorskip("torch")
+    shape = Shape("a", 3, 8, ("float32",), 2, heads, kv_heads, keys, 6, causal)
+    inputs = tensors.make_inputs(shape, "float32", use_torch=True)
+    calls = contenders.sdpa_calls(shape, inputs)
+    assert calls is not None
+    ours, theirs = (call() for call in calls)
+    assert ours.shape == (2, heads, 3, 6)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(ours.transpose(1, 2), contenders.ours_call(shape, inputs)())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [("float32", "f32"), ("float16", "f32"), ("float64", "f64"), ("bfloat16", None)]
+)
+def test_kind_of_peak(dtype, kind):
+    if kind is None:
+        kind = "bf16" if _native.config()["level"] == "avx512bf16" else "f32"
+    assert contenders.peak_kind(dtype) == kind
+
+
+def test_one_unlucky_probe_does_not_count(monkeypatch, keep_threads):
+    rates = iter([4.7e11, 2.3e11, 4.6e11])
+    monkeypatch.setattr(_native, "probe_peak", lambda *_: next(rates))
+    assert contenders.peak("bf16", 1, use_torch=False).measure() == 4.6e11
+
+
+def test_threads_of_both(keep_threads):
+    torch = pytest.importorskip("torch")
+    contenders.set_threads(1, use_torch=True)
+    assert (subquad.get_num_threads(), torch.get_num_threads()) == (1, 1)
+    contenders.peak("f32", 2, use_torch=True).prepare()
+    assert (subquad.get_num_threads(), torch.get_num_threads()) == (2, 2)
+    contenders.set_threads(1, use_torch=False)
+    assert (subquad.get_num_threads(), torch.get_num_threads()) == (1, 2)

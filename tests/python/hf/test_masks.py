@@ -1,0 +1,265 @@
+"""Which masks stay descriptions, what they mean, and that code may treat them as tensors."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from transformers import masking_utils
+
+from subquad.hf.masks import structured_mask
+from subquad.hf.patterns import Span, is_causal
+from subquad.hf.structured_mask import DenseForm, StructuredMask
+
+if "q_length" not in inspect.signature(masking_utils.sdpa_mask).parameters:
+    pytest.skip("the mask functions of this transformers have other arguments", allow_module_level=True)
+
+CAUSAL = masking_utils.causal_mask_function
+
+
+def _arguments(q_length, kv_length, offset=0, *, kv_offset=0, padding=None, function=CAUSAL, **others):
+    return {
+        "batch_size": 2,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": offset,
+        "kv_offset": kv_offset,
+        "mask_function": function,
+        "attention_mask": padding,
+        "allow_is_causal_skip": True,
+        "allow_is_bidirectional_skip": function is masking_utils.bidirectional_mask_function,
+        "dtype": torch.float32,
+        "config": None,
+        "device": "cpu",
+        **others,
+    }
+
+
+def _dense(arguments):
+    forced = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return masking_utils.sdpa_mask(**{**arguments, **forced})
+
+
+def _expand(call, q_length, kv_length):
+    """The tensor that one call's arguments stand for."""
+    mask = torch.ones(2, 1, q_length, call.visible, dtype=torch.bool)
+    if call.causal:
+        mask = mask.tril(call.visible - q_length)
+    if call.bias is not None:
+        mask = mask & call.bias
+    return torch.nn.functional.pad(mask, (0, kv_length - call.visible))
+
+
+def _padding(length, left=0, right=0):
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[0, :left] = False
+    mask[1, length - right :] = False
+    return mask
+
+
+LENGTHS = {
+    "square": (9, 9, 0),
+    "decode": (1, 9, 8),
+    "chunk": (4, 9, 5),
+    "static prefill": (4, 9, 0),
+    "static chunk": (3, 9, 4),
+    "static decode": (1, 9, 4),
+    "last of two": (2, 9, 7),
+}
+
+
+@pytest.mark.parametrize("padding", [None, (0, 0), (3, 0), (0, 2), (2, 1)])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_causal_and_padding(lengths, padding):
+    q_length, kv_length, offset = lengths
+    given = None if padding is None else _padding(offset + q_length, *padding)
+    arguments = _arguments(q_length, kv_length, offset, padding=given)
+    mask = structured_mask(**arguments)
+    assert isinstance(mask, StructuredMask)
+    call = mask.for_call(q_length, kv_length)
+    assert call.visible == offset + q_length
+    assert (call.bias is None) == (padding is None or not any(padding))
+    assert torch.equal(_expand(call, q_length, kv_length), _dense(arguments))
+    assert torch.equal(mask.dense(), _dense(arguments))
+
+
+@pytest.mark.parametrize("padding", [(3, 0), (0, 2)])
+def test_bidirectional_and_padding(padding):
+    function = masking_utils.bidirectional_mask_function
+    arguments = _arguments(9, 9, padding=_padding(9, *padding), function=function)
+    mask = structured_mask(**arguments)
+    call = mask.for_call(9, 9)
+    assert (call.causal, call.visible, tuple(call.bias.shape)) == (False, 9, (2, 1, 1, 9))
+    assert torch.equal(_expand(call, 9, 9), _dense(arguments))
+
+
+def test_keys_that_do_not_start_at_the_first_token():
+    arguments = _arguments(3, 7, 12, kv_offset=8, padding=_padding(15, left=10))
+    mask = structured_mask(**arguments)
+    assert torch.equal(_expand(mask.for_call(3, 7), 3, 7), _dense(arguments))
+
+
+def test_offset_of_a_static_cache_is_read_at_once():
+    counter = torch.tensor(4)
+    mask = structured_mask(**_arguments(3, 9, counter))
+    counter.add_(3)
+    assert mask.for_call(3, 9).visible == 7
+    assert torch.equal(mask.dense(), _dense(_arguments(3, 9, 4)))
+
+
+def test_positions_in_place_of_offset():
+    arguments = _arguments(3, 9, 4)
+    del arguments["q_length"], arguments["q_offset"]
+    mask = structured_mask(**arguments, cache_position=torch.arange(4, 7))
+    assert (mask.q_length, mask.offset) == (3, 4)
+
+
+WINDOW = masking_utils.sliding_window_causal_mask_function
+TWO_WAY = getattr(masking_utils, "sliding_window_bidirectional_mask_function", None)
+CHUNKS = masking_utils.chunked_causal_mask_function
+NO_PADDING = torch.zeros(2, dtype=torch.long)
+PADDED = masking_utils.padding_mask_function(torch.ones(2, 9, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("function", "span", "expected"),
+    [
+        (CAUSAL, Span(0, 8, 0, 8), True),
+        (masking_utils.bidirectional_mask_function, Span(0, 8, 0, 8), False),
+        (WINDOW(9), Span(0, 8, 0, 8), True),
+        (WINDOW(8), Span(0, 8, 0, 8), None),
+        (WINDOW(8), Span(8, 8, 1, 8), True),
+        (WINDOW(8), Span(8, 8, 0, 8), None),
+        (WINDOW(8), Span(0, 7, 0, 30), True),
+        (TWO_WAY(8), Span(0, 8, 0, 8), False),
+        (TWO_WAY(7), Span(0, 8, 0, 8), None),
+        (CHUNKS(9, NO_PADDING), Span(0, 8, 0, 8), True),
+        (CHUNKS(8, NO_PADDING), Span(0, 8, 0, 8), None),
+        (CHUNKS(8, NO_PADDING + 1), Span(0, 8, 0, 8), True),
+        (CHUNKS(8, torch.tensor([1, 0])), Span(0, 8, 0, 8), None),
+        (masking_utils.and_masks(CAUSAL, PADDED), Span(0, 8, 0, 8), None),
+        (masking_utils.or_masks(CAUSAL, CAUSAL), Span(0, 8, 0, 8), None),
+        (lambda batch, head, q, k: k <= q, Span(0, 8, 0, 8), None),
+    ],
+)  # fmt: skip
+def test_patterns(function, span, expected):
+    assert is_causal(function, span) is expected
+
+
+@pytest.mark.parametrize("window", [5, 9, 20])
+def test_windows(window):
+    arguments = _arguments(9, 9, padding=_padding(9, left=2), function=WINDOW(window), local_size=window)
+    mask = structured_mask(**arguments)
+    assert isinstance(mask, StructuredMask) == (window >= 9)
+    dense = mask.dense() if isinstance(mask, StructuredMask) else mask
+    assert torch.equal(dense, _dense(arguments))
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"allow_is_causal_skip": False},
+        {"function": masking_utils.or_masks(CAUSAL, CAUSAL)},
+    ],
+)
+def test_tensor_where_one_is_needed(others):
+    arguments = _arguments(4, 9, 5, **others)
+    mask = structured_mask(**arguments)
+    assert isinstance(mask, torch.Tensor)
+    assert torch.equal(mask, _dense(arguments))
+
+
+def test_own_mask_is_passed_through():
+    mask = structured_mask(**_arguments(4, 9, 5))
+    assert structured_mask(**_arguments(4, 9, 5, padding=mask)) is mask
+
+
+def _mask():
+    return structured_mask(**_arguments(4, 9, 5, padding=_padding(9, left=2)))
+
+
+def test_reads_as_a_tensor():
+    mask, dense = _mask(), _mask().dense()
+    assert mask.shape == dense.shape
+    assert (mask.ndim, mask.dim(), len(mask)) == (4, 4, 2)
+    assert (mask.size(), mask.size(-1), mask.device) == (dense.shape, 9, dense.device)
+    assert mask.dtype == torch.bool
+    same = (mask.contiguous(), mask.detach(), mask.clone(), mask.to("cpu"), mask.to(torch.device("cpu")))
+    assert all(one is mask for one in same)
+    assert mask.for_call(4, 9) is not None
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda mask: mask[:, 0],
+        lambda mask: ~mask,
+        lambda mask: mask & torch.ones(9, dtype=torch.bool),
+        lambda mask: torch.ones(9, dtype=torch.bool) & mask,
+        lambda mask: mask != 0,
+        lambda mask: 1.0 - mask.to(torch.float32),
+        lambda mask: torch.where(mask, 0.0, 1.0),
+        lambda mask: torch.cat([mask, mask], dim=-1),
+        lambda mask: torch.zeros(2, 1, 4, 9).masked_fill(mask, 1.0),
+        lambda mask: mask.expand(2, 3, 4, 9),
+        lambda mask: mask[..., ::2],
+        lambda mask: mask[:1, :, :, :],
+        lambda mask: mask.mT,
+    ],
+)
+def test_computes_as_a_tensor(use):
+    mask, dense = _mask(), _mask().dense()
+    result = use(mask)
+    assert isinstance(result, torch.Tensor)
+    assert torch.equal(result, use(dense))
+    # Whoever has the tensor may write to it: from then on it counts.
+    assert mask.for_call(4, 9) is None
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda mask: mask.masked_fill_(torch.ones(9, dtype=torch.bool), False),
+        lambda mask: mask.__setitem__((slice(None), slice(None), slice(None), 3), False),
+        lambda mask: mask[:, 0].fill_(False),
+        lambda mask: torch.logical_not(mask, out=mask.data),
+    ],
+)
+def test_writes_are_not_lost(write):
+    mask, dense = _mask(), _mask().dense().clone()
+    write(mask)
+    write(dense)
+    assert mask.for_call(4, 9) is None
+    assert torch.equal(mask.dense(), dense)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        (slice(None), slice(None), slice(-1, None), slice(None)),
+        (slice(None), slice(None), slice(1, 3), slice(None)),
+        (slice(None), slice(None), slice(None), slice(None, 9)),
+        (slice(None), slice(None), slice(0, 2), slice(None, 7)),
+    ],
+)
+def test_parts_stay_descriptions(index):
+    mask = _mask()
+    part, dense = mask[index], mask.dense()[index]
+    assert isinstance(part, StructuredMask)
+    assert part.shape == dense.shape
+    call = part.for_call(*part.shape[2:])
+    assert torch.equal(_expand(call, *part.shape[2:]), dense)
+    assert torch.equal(part.dense(), dense)
+
+
+def test_other_lengths_need_the_tensor():
+    assert _mask().for_call(3, 9) is None
+    assert _mask().for_call(4, 10) is None
+
+
+def test_tensor_is_built_once():
+    built = []
+    form = DenseForm(lambda: built.append(1) or torch.ones(1))
+    assert form.tensor() is form.tensor()
+    assert built == [1]
