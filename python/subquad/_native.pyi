@@ -23,6 +23,28 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any: ...
+def attention_with_kvcache(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    k: Any | None = None,
+    v: Any | None = None,
+    rotary_cos: Any | None = None,
+    rotary_sin: Any | None = None,
+    cache_seqlens: Any | None = None,
+    cache_batch_idx: Any | None = None,
+    cache_leftpad: Any | None = None,
+    block_table: Any | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (None, None),
+    softcap: float | None = None,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Any | None = None,
+    num_splits: int | None = None,
+    return_softmax_lse: bool = False,
+) -> Any: ...
+def merge_attention(outs: list[Any], lses: list[Any]) -> Any: ...
 def set_num_threads(num_threads: int) -> None: ...
 def get_num_threads() -> int: ...
 def config() -> dict[str, object]: ...

@@ -175,6 +175,16 @@ impl<'py> Array<'py> {
         }
     }
 
+    /// Whether elements follow each other in order.
+    pub fn is_contiguous(&self) -> bool {
+        let mut next = 1;
+        self.memory.shape.iter().zip(&self.memory.strides).rev().all(|(&n, &stride)| {
+            let fits = n <= 1 || stride == next;
+            next *= n;
+            fits
+        })
+    }
+
     /// Extents.
     pub fn shape(&self) -> &[usize] {
         &self.memory.shape

@@ -57,7 +57,18 @@ impl<'a> View<'a> {
         Ok(Self { arg: array.arg, memory: &array.memory, offset: 0, shape, strides: [b, s, h] })
     }
 
-    fn tensor<T: Element>(&self) -> Result<Tensor<'a, T>, Error> {
+    /// `[B, H, Sq]`, as rows of one element of a `[B, Sq, H, 1]` array.
+    pub fn of_lse(lse: &'a Array<'_>, shape: &AttnShape) -> Self {
+        let [b, h, s] = lse.memory.strides[..] else { unreachable!("of rank 3") };
+        let shape = [shape.batch, shape.seqlen_q, shape.num_heads, 1];
+        Self { arg: lse.arg, memory: &lse.memory, offset: 0, shape, strides: [b, s, h] }
+    }
+
+    /// The elements.
+    ///
+    /// # Errors
+    /// Those of the memory and of the extents.
+    pub fn tensor<T: Element>(&self) -> Result<Tensor<'a, T>, Error> {
         let data = self.memory.slice(self.arg)?;
         Tensor::new(self.arg, &data[self.offset.min(data.len())..], self.shape, self.strides)
     }
@@ -105,10 +116,19 @@ pub fn run<T: SimdElement>(py: Python<'_>, call: &Call<'_>) -> PyResult<()> {
     enter::enter(py, || exact::forward(&args, &out, level, threads, blocking))
 }
 
-fn writer<'a, T: bytemuck::Pod>(view: &View<'a>) -> Result<RowWriter<'a, T>, Error> {
+/// The rows of a result.
+///
+/// # Errors
+/// Those of the memory.
+pub fn writer<'a, T: bytemuck::Pod>(view: &View<'a>) -> Result<RowWriter<'a, T>, Error> {
     let data = view.memory.slice_mut(view.arg)?;
     let offset = view.offset.min(data.len());
     Ok(RowWriter::new(&mut data[offset..], view.shape, view.strides))
+}
+
+/// Dtype of log-sum-exps.
+pub fn lse_dtype(dtype: DType) -> DType {
+    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
 }
 
 /// Checks a caller's output array.
@@ -121,11 +141,20 @@ fn check_out(out: &Array<'_>, shape: &[usize; 4], q: &Array<'_>, inputs: &[&Arra
         return Err(Error::Shape { arg: out.arg, expected, got: shape_text(out.shape()) });
     }
     q.check_same(out)?;
+    check_memory(out, inputs)
+}
+
+/// Checks that an array can be written, each element once, without changing an input.
+///
+/// # Errors
+/// [`Error::NotWritable`] or [`Error::Overlap`].
+pub fn check_memory(out: &Array<'_>, inputs: &[&Array<'_>]) -> Result<(), Error> {
     if out.read_only {
         return Err(Error::NotWritable { arg: out.arg, got: "a read-only one".into() });
     }
     let strides = &out.memory.strides;
-    if !rows_are_disjoint(*shape, [strides[0], strides[1], strides[2]]) {
+    let [a, b, c, d] = out.shape()[..] else { unreachable!("ranks are checked") };
+    if !rows_are_disjoint([a, b, c, d], [strides[0], strides[1], strides[2]]) {
         let got = format!("strides {strides:?}, under which elements share memory");
         return Err(Error::NotWritable { arg: out.arg, got });
     }
@@ -179,8 +208,7 @@ pub fn attention<'py>(
     }
     let fresh = given.is_none();
     let out = given.map_or_else(|| result::empty("out", &q, &out_shape, dtype), Ok)?;
-    let lse_dtype = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
-    let lse = return_lse.then(|| result::empty("lse", &q, &lse_shape, lse_dtype)).transpose()?;
+    let lse = return_lse.then(|| result::empty("lse", &q, &lse_shape, lse_dtype(dtype))).transpose()?;
     let call = Call {
         shape,
         q: views[0],
@@ -190,13 +218,7 @@ pub fn attention<'py>(
         mask: if causal { Mask::causal_bottom_right(seqlen_q, seqlen_k) } else { Mask::None },
         scale,
         out: View::in_order(&out, "[B, Sq, H, Dv]")?,
-        lse: lse.as_ref().map(|lse| View {
-            arg: "lse",
-            memory: &lse.memory,
-            offset: 0,
-            shape: [batch, seqlen_q, num_heads, 1],
-            strides: [num_heads * seqlen_q, 1, seqlen_q],
-        }),
+        lse: lse.as_ref().map(|lse| View::of_lse(lse, &shape)),
     };
     dispatch_dtype!(dtype, run, py, &call)?;
     let out = if fresh { result::deliver(&q, out)? } else { out.object };

@@ -6,6 +6,9 @@ mod broadcast;
 mod dlpack;
 mod enter;
 mod errors;
+mod integers;
+mod kvcache;
+mod merge;
 mod result;
 mod runtime;
 mod sdpa;
@@ -17,6 +20,8 @@ use pyo3::prelude::*;
 fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_function(wrap_pyfunction!(attention::attention, module)?)?;
+    module.add_function(wrap_pyfunction!(kvcache::attention_with_kvcache, module)?)?;
+    module.add_function(wrap_pyfunction!(merge::merge_attention, module)?)?;
     module.add_function(wrap_pyfunction!(sdpa::scaled_dot_product_attention, module)?)?;
     module.add_function(wrap_pyfunction!(runtime::set_num_threads, module)?)?;
     module.add_function(wrap_pyfunction!(runtime::get_num_threads, module)?)?;

@@ -10,3 +10,4 @@
 pub mod bias;
 pub mod exact;
 pub mod mask;
+pub mod rotary;

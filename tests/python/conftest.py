@@ -1,4 +1,4 @@
-"""What the tests of the array API share: inputs, libraries, the check against the oracle, processes of their own."""
+"""What tests of the array API share: inputs, libraries, the check against the oracle, new processes."""
 
 import os
 import subprocess
@@ -74,8 +74,8 @@ def check_attention() -> Callable[..., None]:
             k: `[B, Sk, Hkv, D]`.
             v: `[B, Sk, Hkv, Dv]`.
             clean: `q`, `k` and `v` with numbers in the hidden places, for the naive formula, where NaN leaks.
-            scores: the largest scaled score, where it is large or where few rows make it a matter of luck what the
-                naive formula loses. Rounding it once changes a probability by as many units, whoever does it.
+            scores: the largest scaled score, where it is large or where few rows make what the naive formula
+                loses a matter of luck. Rounding it once changes a probability by as many units.
             **options: those of `subquad.attention`.
         """
         dtype = str(q.dtype)
@@ -95,7 +95,7 @@ def check_attention() -> Callable[..., None]:
 
 @pytest.fixture
 def check_sdpa() -> Callable[..., None]:
-    """Checks `subquad.scaled_dot_product_attention`, and torch's formula as a third witness, against the oracle."""
+    """Checks `subquad.scaled_dot_product_attention`, and PyTorch's formula as a witness, by the oracle."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -113,7 +113,7 @@ def check_sdpa() -> Callable[..., None]:
             mask = (mask if mask.dtype == torch.bool else mask.double()).numpy()
         expected = reference.scaled_dot_product_attention(*arrays, mask, **options)
         naive = naive_scaled_dot_product_attention(*arrays, mask, dtype=dtype, **options)
-        # Rows are few: what the naive formula loses is a matter of luck, so one rounding of the scores is allowed.
+        # Few rows make what the naive formula loses a matter of luck: one rounding of the scores is allowed.
         scale = options.get("scale")
         scale = arrays[0].shape[-1] ** -0.5 if scale is None else scale
         finite = [np.where(np.isfinite(x), x, 0.0) for x in arrays]
@@ -169,7 +169,7 @@ def library(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def convert() -> Callable[[str, np.ndarray], Any]:
-    """Converts a NumPy array to one of another library, `convert(library, array)`, sharing memory where it can."""
+    """Converts a NumPy array, `convert(library, array)`, sharing its memory where possible."""
     return lambda library, array: _CONVERSIONS[library](array)
 
 

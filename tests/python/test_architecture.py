@@ -12,8 +12,8 @@ PACKAGE = Path(subquad.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 IDS = [str(path.relative_to(PACKAGE)) for path in FILES]
 
-# The layers from the bottom, and what each may import besides the standard library and the layers below it. Modules of one
-# layer do not import each other, except within one package.
+# The layers from the bottom, and what each may import besides the standard library and the layers below it.
+# Modules of one layer do not import each other, except within one package.
 LAYERS = [
     {"_native": set()},
     {"_runtime": set(), "ops": set(), "reference": {"numpy"}, "testing": {"numpy"}},

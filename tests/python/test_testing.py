@@ -150,7 +150,7 @@ def test_empty_arrays_are_close():
     [
         (lambda x: x.astype(np.float32), "float32"),
         (lambda x: x.astype(ml_dtypes.bfloat16), "bfloat16"),
-        (lambda x: torch.from_numpy(x), "float64"),
+        (torch.from_numpy, "float64"),
         (lambda x: torch.from_numpy(x).bfloat16(), "bfloat16"),
         (lambda x: torch.from_numpy(x).half().requires_grad_(), "float16"),
         (lambda x: jax.numpy.asarray(x, jax.numpy.float32), "float32"),

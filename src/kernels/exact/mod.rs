@@ -1,6 +1,7 @@
 //! Exact attention: `out = softmax(scale * q k^T + bias) v` over the keys that the mask shows.
 
 pub mod decode;
+pub mod merge;
 pub mod naive;
 mod panel;
 mod plan;

@@ -235,7 +235,7 @@ def test_dual_tensors_are_refused(draw):
     q, k, v = (torch.from_numpy(draw("float32", 1, 5, 2, 8)) for _ in range(3))
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
-        with pytest.raises(NotImplementedError, match="q: .*forward"):
+        with pytest.raises(NotImplementedError, match=r"q: .*forward"):
             subquad.attention(dual, k, v)
 
 

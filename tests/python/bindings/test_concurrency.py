@@ -175,8 +175,8 @@ def test_workers_of_a_data_loader(run_python):
 
         # In the parent as well, before and after the workers.
         expected = [Items()[i] for i in range(8)]
-        loader = torch.utils.data.DataLoader(Items(), num_workers=2, multiprocessing_context="fork", timeout=60)
-        got = [item[0] for item in loader]
+        options = {"num_workers": 2, "multiprocessing_context": "fork", "timeout": 60}
+        got = [item[0] for item in torch.utils.data.DataLoader(Items(), **options)]
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
         assert torch.equal(Items()[3], expected[3])
         print("fine")

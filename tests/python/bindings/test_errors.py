@@ -97,6 +97,15 @@ def sdpa(query=None, key=None, value=None, mask=None, **options):
     return lambda: subquad.scaled_dot_product_attention(query, key, value, mask, **options)
 
 
+def later(function, make):
+    """Makes the first argument of a call when the call is made: PyTorch warns of some tensors."""
+
+    def call():
+        return function(make())()
+
+    return call
+
+
 Q, K = zeros(1, 3, 4, 8), zeros(1, 5, 2, 8)
 OUT, READ_ONLY = zeros(1, 3, 4, 6), zeros(1, 3, 4, 6)
 READ_ONLY.flags.writeable = False
@@ -217,14 +226,25 @@ ERRORS = [
     ("Kind", attention(bias=tensor(3, 5)), "bias", "a NumPy array as q is", "a PyTorch tensor"),
     ("Kind", torch_attention(k=K), "k", "a PyTorch tensor as q is", "a NumPy array"),
     ("Kind", attention(q=Broken(BufferError("no export"))), "q", "dense CPU array", "no export"),
-    # Made when they are needed: PyTorch warns of some.
-    ("Kind", lambda: torch_attention(tensor(1, 3, 4, 8).to_sparse())(), "q", "dense CPU array", "Tensor"),
-    ("Kind", lambda: sdpa(tensor(3, 8).to_sparse_csr())(), "query", "dense CPU array", "Tensor"),
-    ("Kind", lambda: torch_attention(tensor(1, 3, 4, 8).to_mkldnn())(), "q", "dense CPU array", "Tensor"),
-    ("Kind", lambda: torch_attention(quantized(1, 3, 4, 8))(), "q", "dense CPU array", "Tensor"),
-    ("Kind", lambda: sdpa(nested(torch.strided))(), "query", "dense CPU array", "Tensor"),
-    ("Kind", lambda: sdpa(nested(torch.jagged))(), "query", "dense CPU array", "NestedTensor"),
-    ("Kind", lambda: torch_attention(fake(1, 3, 4, 8))(), "q", "memory|CPU array", "0x0|Fake"),
+    (
+        "Kind",
+        later(torch_attention, lambda: tensor(1, 3, 4, 8).to_sparse()),
+        "q",
+        "dense CPU array",
+        "Tensor",
+    ),
+    ("Kind", later(sdpa, lambda: tensor(3, 8).to_sparse_csr()), "query", "dense CPU array", "Tensor"),
+    (
+        "Kind",
+        later(torch_attention, lambda: tensor(1, 3, 4, 8).to_mkldnn()),
+        "q",
+        "dense CPU array",
+        "Tensor",
+    ),
+    ("Kind", later(torch_attention, lambda: quantized(1, 3, 4, 8)), "q", "dense CPU array", "Tensor"),
+    ("Kind", later(sdpa, lambda: nested(torch.strided)), "query", "dense CPU array", "Tensor"),
+    ("Kind", later(sdpa, lambda: nested(torch.jagged)), "query", "dense CPU array", "NestedTensor"),
+    ("Kind", later(torch_attention, lambda: fake(1, 3, 4, 8)), "q", "memory|CPU array", "0x0|Fake"),
     ("Kind", lambda: jax.jit(subquad.attention)(Q, K, K), "q", "dense CPU array", "Tracer"),
     (
         "Kind",

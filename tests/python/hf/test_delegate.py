@@ -175,7 +175,7 @@ def test_indices(kind, original, decoder, assert_same):
     }
     if (kind, original) == ("boolean", "eager"):
         pytest.skip("eager attention adds masks")
-    indices = torch.tensor([[0, -1, -1], [1, 0, -1], [2, 0, -1], [3, 1, 0], [2, 4, 1]]).expand(2, 5, 3)
+    indices = torch.tensor([[0, -1, 3], [1, 0, -1], [2, 0, -1], [3, 4, 0], [2, 4, 1]]).expand(2, 5, 3)
     chosen = torch.zeros(5, 5, dtype=torch.bool)
     for query, keys in enumerate(indices[0]):
         chosen[query, keys[keys >= 0]] = True
@@ -301,6 +301,18 @@ def test_masks_of_unknown_kinds(decoder):
             "mask on device meta",
             "gradients are enabled (torch.no_grad() disables them)",
         ]
+
+
+@pytest.mark.parametrize("original", ["sdpa", "eager"])
+@pytest.mark.parametrize("is_causal", [None, True, False])
+def test_no_mask_means_what_it_means_to_the_original(is_causal, original, decoder, assert_same):
+    model = decoder("llama")
+    model.set_attn_implementation(original)
+    with torch.no_grad():
+        expected = _call(model, is_causal=is_causal)[0]
+        with subquad.hf.patch(model) as handle:
+            assert_same(_call(model, is_causal=is_causal)[0], expected)
+            assert handle.report().computed == 1
 
 
 @pytest.mark.parametrize(

@@ -274,5 +274,10 @@ def test_composite_model(assert_same):
             assert_same(model(**arguments).logits, expected)
             originals = {one.name: one.original for one in handle.report().replaced}
     assert originals == {"SiglipAttention": "eager", "LlamaAttention": "sdpa"}
-    after = [one._attn_implementation for one in (config, config.vision_config, config.text_config)]
-    assert after == names
+    configs = (config, config.vision_config, config.text_config)
+    assert [one._attn_implementation for one in configs] == names
+    with subquad.hf.patch(model.model.language_model):
+        with subquad.hf.patch(model):
+            pass
+        assert [one._attn_implementation for one in configs] == [*names[:2], "subquad"]
+    assert [one._attn_implementation for one in configs] == names

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import masking_utils
 
+import subquad.hf
 from subquad.hf.masks import structured_mask
 from subquad.hf.patterns import Span, is_causal
 from subquad.hf.structured_mask import DenseForm, StructuredMask
@@ -66,6 +67,7 @@ LENGTHS = {
     "static chunk": (3, 9, 4),
     "static decode": (1, 9, 4),
     "last of two": (2, 9, 7),
+    "beyond the keys": (3, 9, 8),
 }
 
 
@@ -78,8 +80,8 @@ def test_causal_and_padding(lengths, padding):
     mask = structured_mask(**arguments)
     assert isinstance(mask, StructuredMask)
     call = mask.for_call(q_length, kv_length)
-    assert call.visible == offset + q_length
-    assert (call.bias is None) == (padding is None or not any(padding))
+    assert call.visible == min(offset + q_length, kv_length)
+    assert (call.bias is None) == (given is None or bool(given[:, : call.visible].all()))
     assert torch.equal(_expand(call, q_length, kv_length), _dense(arguments))
     assert torch.equal(mask.dense(), _dense(arguments))
 
@@ -92,6 +94,12 @@ def test_bidirectional_and_padding(padding):
     call = mask.for_call(9, 9)
     assert (call.causal, call.visible, tuple(call.bias.shape)) == (False, 9, (2, 1, 1, 9))
     assert torch.equal(_expand(call, 9, 9), _dense(arguments))
+
+
+def test_keys_that_the_padding_mask_lacks_are_hidden():
+    function = masking_utils.bidirectional_mask_function
+    arguments = _arguments(4, 9, padding=_padding(7, left=1), function=function)
+    assert torch.equal(_expand(structured_mask(**arguments).for_call(4, 9), 4, 9), _dense(arguments))
 
 
 def test_keys_that_do_not_start_at_the_first_token():
@@ -168,6 +176,23 @@ def test_tensor_where_one_is_needed(others):
     mask = structured_mask(**arguments)
     assert isinstance(mask, torch.Tensor)
     assert torch.equal(mask, _dense(arguments))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "left_out"),
+    [((9, 9, 0), True), ((1, 9, 8), True), ((4, 9, 0), True), ((4, 9, 5), False), ((1, 9, 4), False)],
+)
+@pytest.mark.parametrize("original", ["sdpa", "eager"])
+def test_masks_are_left_out_where_the_original_does(original, lengths, left_out, decoder):
+    model = decoder("llama")
+    model.set_attn_implementation(original)
+    with subquad.hf.patch(model):
+        arguments = _arguments(*lengths, config=model.config)
+        assert (structured_mask(**arguments) is None) == (left_out and original == "sdpa")
+        padded = {**arguments, "attention_mask": _padding(lengths[2] + lengths[0], left=1)}
+        assert isinstance(structured_mask(**padded), StructuredMask)
+        # Attention could not tell a window that hides nothing from one that is forgotten.
+        assert isinstance(structured_mask(**arguments, local_size=9), StructuredMask)
 
 
 def test_own_mask_is_passed_through():

@@ -24,6 +24,8 @@ SHAPES = [
     (1, 65, 65, 2, 2, 256, 192),
     (1, 64, 64, 1, 1, 512, 512),
     (1, 2, 1000, 2, 1, 512, 256),
+    (2, 3, 1000, 8, 1, 20, 33),
+    (1, 33, 1000, 1, 1, 33, 20),
     (2, 1000, 1, 2, 1, 1, 80),
     (1, 1000, 65, 4, 4, 64, 64),
     (1, 1000, 1000, 1, 1, 64, 64),
@@ -55,12 +57,15 @@ def test_shape(shape, causal, dtype, draw, check_attention):
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8, 16, 32])
 def test_every_head_of_a_group_reads_its_own_keys(group, dtype, draw, check_attention):
-    q, k, v = draw(dtype, 2, 7, 2 * group, 16), draw(dtype, 2, 40, 2, 16), draw(dtype, 2, 40, 2, 24)
+    q, k, v = draw(dtype, 2, 40, 2 * group, 16), draw(dtype, 2, 40, 2, 16), draw(dtype, 2, 40, 2, 24)
     repeated = np.repeat(k, group, 2), np.repeat(v, group, 2)
     # Rows meet in other panels, which must not change what becomes of a row.
     np.testing.assert_array_equal(subquad.attention(q, k, v), subquad.attention(q, *repeated))
     check_attention(q, k, v, causal=True)
     check_attention(q, *repeated, causal=True)
+    # One query, which another kernel computes.
+    check_attention(q[:, :1], k, v)
+    check_attention(q[:, :1], *repeated)
 
 
 def test_heads_and_sequences_are_independent(dtype, draw):
@@ -143,6 +148,14 @@ def test_scale(scale, dtype, draw, check_attention):
     check_attention(q, k, v, scale=scale, causal=True, scores=abs(scale) * 20)
 
 
+@pytest.mark.parametrize("group", [1, 2, 8, 16])
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1.0])
+def test_queries_without_keys_at_any_scale(scale, group, dtype, draw, check_attention):
+    # 0 times the -inf of a score that is not there would be NaN.
+    q, k, v = draw(dtype, 1, 40, group, 8), draw(dtype, 1, 9, 1, 8), draw(dtype, 1, 9, 1, 8)
+    check_attention(q, k, v, scale=scale, causal=True, scores=20.0)
+
+
 @pytest.mark.parametrize("width", [30.0, 300.0])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("group", [1, 4, 8, 16])
@@ -153,14 +166,15 @@ def test_large_logits(width, causal, group, dtype, draw, check_attention):
 
 
 @pytest.mark.parametrize("length", [10_000, 100_000])
-def test_long_sequences_weigh_first_keys_like_last_ones(length, dtype, draw):
+@pytest.mark.parametrize("queries", [1, 50])
+def test_long_sequences_weigh_first_keys_like_last_ones(queries, length, dtype, draw):
     # All scores are 0, so all weights are 1 and their sums are exact; the first half of the values is 1. The
     # factor that shrinks old sums is 1, too: were it a little more, it would grow with every block of keys.
-    q, k = np.zeros_like(draw(dtype, 1, 1, 1, 1)), np.zeros_like(draw(dtype, 1, length, 1, 1))
+    q, k = np.zeros_like(draw(dtype, 1, queries, 1, 1)), np.zeros_like(draw(dtype, 1, length, 1, 1))
     v = np.zeros_like(k)
     v[:, : length // 2] = 1
     out, lse = subquad.attention(q, k, v, return_lse=True)
-    half, log = np.full((1, 1, 1, 1), 0.5), np.full((1, 1, 1), np.log(length))
+    half, log = np.full((1, queries, 1, 1), 0.5), np.full((1, 1, queries), np.log(length))
     assert_close(out, half, naive=half, dtype=dtype)
     assert_close(lse, log, naive=log, dtype=dtype, floor=lse_floor(log, dtype))
 

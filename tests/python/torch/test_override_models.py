@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - everybody's name for it
 from torch import nn
 
 from subquad.torch import override_sdpa
