@@ -150,6 +150,11 @@ impl AttnShape {
         Ok(Self { batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, head_dim_v })
     }
 
+    /// `1 / sqrt(head_dim)`; 1 for heads without width, whose scores are 0.
+    pub fn default_scale(&self) -> f64 {
+        1.0 / (self.head_dim.max(1) as f64).sqrt()
+    }
+
     /// Query heads that share one key/value head.
     pub fn group(&self) -> usize {
         self.num_heads / self.num_kv_heads.max(1)

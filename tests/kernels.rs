@@ -17,7 +17,7 @@ struct Case<T: Element> {
     k: Vec<T>,
     v: Vec<T>,
     mask: Mask,
-    bias: Vec<T::Acc>,
+    bias: Vec<f32>,
     visible: Vec<u8>,
     scale: f64,
 }
@@ -53,7 +53,7 @@ impl<T: SimdElement> Case<T> {
             k: stream.fill(batch * seqlen_k * num_kv_heads * head_dim, width),
             v: stream.fill(batch * seqlen_k * num_kv_heads * head_dim_v, 1.0),
             mask,
-            bias: (0..scores).map(|_| T::Acc::from_f64(stream.next())).collect(),
+            bias: (0..scores).map(|_| stream.next() as f32).collect(),
             visible: (0..scores).map(|_| u8::from(stream.next() > -0.5)).collect(),
             scale: 1.0 / (head_dim.max(1) as f64).sqrt(),
         }
@@ -73,7 +73,7 @@ impl<T: SimdElement> Case<T> {
             bias: match kind {
                 BiasKind::None => Bias::None,
                 BiasKind::Bool => Bias::Bool(BiasView { data: &self.visible, strides: dense }),
-                BiasKind::Dense => Bias::Acc(BiasView { data: &self.bias, strides: dense }),
+                BiasKind::Dense => Bias::Single(BiasView { data: &self.bias, strides: dense }),
                 BiasKind::PerKey => Bias::Bool(BiasView { data: &self.visible, strides: [sk, 0, 0, 1] }),
             },
             layout: None,

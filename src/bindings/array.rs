@@ -1,6 +1,7 @@
 //! Arguments: PyTorch tensors, NumPy arrays and whatever speaks DLPack, seen as one type without copying.
 
 use super::dlpack::Memory;
+use super::torch;
 use crate::dtype::DType;
 use crate::error::Error;
 use dlpark::ffi::{DLDataType, DLDataTypeCode, DLDeviceType, DLTensor};
@@ -8,9 +9,8 @@ use dlpark::python::consumer::exchange::ExchangeApi;
 use dlpark::python::{ImportedDlpack, from_dlpack};
 use dlpark::{DlpackFlags, TensorRef};
 use numpy::{PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
+use pyo3::exceptions::{PyException, PyTypeError};
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
-use pyo3::types::PyType;
 
 /// The library that an array belongs to; results are of the same one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +24,8 @@ pub enum Kind {
 }
 
 impl Kind {
-    fn name(self) -> &'static str {
+    /// The kind in words.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Torch => "a PyTorch tensor",
             Self::NumPy => "a NumPy array",
@@ -97,27 +98,33 @@ impl<'py> Array<'py> {
                 got: format!("{} with strides {:?}", crate::tensor::shape_text(&array.memory.shape), array.memory.strides),
             }
             .into()),
+            Err(_) if layout == Layout::InPlace => {
+                let got = "one that runs backwards, is misaligned or negated".into();
+                Err(Error::NotWritable { arg, got }.into())
+            }
             Ok(array) => Self::copy(arg, array.kind, object),
             Err(kind) => Self::copy(arg, kind, object),
         }
     }
 
     fn fits(&self, layout: Layout) -> bool {
-        layout == Layout::Any || self.memory.shape.last().is_none_or(|&n| n <= 1) || self.memory.strides.last() == Some(&1)
+        let shape = &self.memory.shape;
+        let any = layout == Layout::Any || shape.contains(&0) || shape.last().is_none_or(|&n| n <= 1);
+        any || self.memory.strides.last() == Some(&1)
     }
 
     fn copy(arg: &'static str, kind: Kind, object: &Bound<'py, PyAny>) -> PyResult<Self> {
         let py = object.py();
         let copy = match kind {
-            Kind::Torch => object.call_method0("contiguous")?,
-            Kind::NumPy => object.call_method1("copy", ("C",))?,
-            Kind::DLPack => py.import("numpy")?.call_method1("from_dlpack", (object,))?.call_method1("copy", ("C",))?,
+            Kind::Torch => Ok(object.call_method0("resolve_neg")?.call_method0("contiguous")?),
+            Kind::NumPy => Ok(object.call_method1("copy", ("C",))?),
+            Kind::DLPack => {
+                py.import("numpy")?.call_method1("from_dlpack", (object,)).and_then(|view| view.call_method1("copy", ("C",)))
+            }
         };
-        let mut array = Self::view(arg, &copy)?.map_err(|_| Error::Kind {
-            arg,
-            expected: "an array that can be copied to contiguous memory".into(),
-            got: type_name(object),
-        })?;
+        let expected = || "an array that can be copied to contiguous memory".to_owned();
+        let copy = copy.map_err(|error| refusal(arg, expected(), object, error))?;
+        let mut array = Self::view(arg, &copy)?.map_err(|_| Error::Kind { arg, expected: expected(), got: type_name(object) })?;
         array.kind = kind;
         Ok(array)
     }
@@ -127,11 +134,14 @@ impl<'py> Array<'py> {
         if let Ok(array) = object.cast::<PyUntypedArray>() {
             return Ok(numpy_array(arg, object, array).ok_or(Kind::NumPy));
         }
-        let kind = if is_torch(object)? { Kind::Torch } else { Kind::DLPack };
-        if kind == Kind::Torch {
-            check_torch(arg, object)?;
+        if !torch::is_tensor(object)? {
+            return dlpack_array(arg, object, Kind::DLPack);
         }
-        dlpack_array(arg, object, kind)
+        torch::check(arg, object)?;
+        if torch::is_negated(object)? {
+            return Ok(Err(Kind::Torch));
+        }
+        dlpack_array(arg, object, Kind::Torch)
     }
 
     /// The dtype, when it is one that attention is computed on.
@@ -154,15 +164,35 @@ impl<'py> Array<'py> {
     /// # Errors
     /// [`Error::Kind`] or [`Error::DType`] otherwise.
     pub fn check_same(&self, other: &Array<'_>) -> Result<(), Error> {
-        if other.kind != self.kind {
-            let expected = format!("{} as {} is", self.kind.name(), self.arg);
-            return Err(Error::Kind { arg: other.arg, expected, got: other.kind.name().into() });
-        }
+        self.check_kind(other)?;
         if other.element != self.element {
             let expected = format!("{} as {} has", self.element, self.arg);
             return Err(Error::DType { arg: other.arg, expected, got: other.element.to_string() });
         }
         Ok(())
+    }
+
+    /// Checks that `other` is of the same library.
+    ///
+    /// # Errors
+    /// [`Error::Kind`] otherwise.
+    pub fn check_kind(&self, other: &Array<'_>) -> Result<(), Error> {
+        if other.kind == self.kind {
+            return Ok(());
+        }
+        let expected = format!("{} as {} is", self.kind.name(), self.arg);
+        Err(Error::Kind { arg: other.arg, expected, got: other.kind.name().into() })
+    }
+
+    /// The object, after its memory was written.
+    ///
+    /// # Errors
+    /// What its library raises.
+    pub fn written(self) -> PyResult<Bound<'py, PyAny>> {
+        if self.kind == Kind::Torch {
+            torch::written(&self.object)?;
+        }
+        Ok(self.object)
     }
 
     /// Bytes of an element.
@@ -191,49 +221,19 @@ impl<'py> Array<'py> {
     }
 }
 
+/// What a library's own error about an argument becomes; interrupts stay what they are.
+fn refusal(arg: &'static str, expected: String, object: &Bound<'_, PyAny>, error: PyErr) -> PyErr {
+    let py = object.py();
+    if !error.is_instance_of::<PyException>(py) {
+        return error;
+    }
+    let text = error.value(py).to_string();
+    let got = format!("{} ({})", type_name(object), text.lines().next().unwrap_or_default());
+    Error::Kind { arg, expected, got }.into()
+}
+
 fn type_name(object: &Bound<'_, PyAny>) -> String {
     object.get_type().fully_qualified_name().map_or_else(|_| "an object".into(), |name| name.to_string())
-}
-
-/// Whether `object` is a `torch.Tensor`; PyTorch is not imported for the question.
-fn is_torch(object: &Bound<'_, PyAny>) -> PyResult<bool> {
-    static TENSOR: PyOnceLock<Py<PyType>> = PyOnceLock::new();
-    let py = object.py();
-    if TENSOR.get(py).is_none() {
-        let Some(torch) = loaded(py, "torch")? else { return Ok(false) };
-        // A half-imported torch has no Tensor yet.
-        let Ok(tensor) = torch.getattr("Tensor") else { return Ok(false) };
-        TENSOR.set(py, tensor.cast_into::<PyType>()?.unbind()).ok();
-    }
-    TENSOR.get(py).map_or(Ok(false), |tensor| object.is_instance(tensor.bind(py)))
-}
-
-/// The module of that name, if something has imported it.
-pub fn loaded<'py>(py: Python<'py>, name: &str) -> PyResult<Option<Bound<'py, PyAny>>> {
-    static MODULES: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    let modules = MODULES.get_or_try_init(py, || py.import("sys")?.getattr("modules").map(Bound::unbind))?;
-    modules.bind(py).call_method1(pyo3::intern!(py, "get"), (name,)).map(|module| (!module.is_none()).then_some(module))
-}
-
-/// Refuses tensors whose data is elsewhere, or whose result would silently lose its gradient.
-fn check_torch(arg: &'static str, tensor: &Bound<'_, PyAny>) -> PyResult<()> {
-    static GRAD_ENABLED: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    let py = tensor.py();
-    if !tensor.getattr(pyo3::intern!(py, "is_cpu"))?.is_truthy()? {
-        return Err(Error::Device { arg, got: tensor.getattr("device")?.str()?.to_string() }.into());
-    }
-    if tensor.getattr(pyo3::intern!(py, "requires_grad"))?.is_truthy()? {
-        let enabled = GRAD_ENABLED
-            .get_or_try_init(py, || py.import("torch").and_then(|torch| torch.getattr("is_grad_enabled")).map(Bound::unbind))?;
-        if enabled.call0(py)?.is_truthy(py)? {
-            return Err(Error::Unsupported {
-                what: format!("{arg}: a tensor that requires grad"),
-                instead: "this function is forward only: call it under torch.no_grad(), or on tensor.detach()".into(),
-            }
-            .into());
-        }
-    }
-    Ok(())
 }
 
 fn numpy_array<'py>(arg: &'static str, object: &Bound<'py, PyAny>, array: &Bound<'py, PyUntypedArray>) -> Option<Array<'py>> {
@@ -298,10 +298,7 @@ impl Raw for Bound<'_, PyUntypedArray> {
 }
 
 fn dlpack_array<'py>(arg: &'static str, object: &Bound<'py, PyAny>, kind: Kind) -> PyResult<Result<Array<'py>, Kind>> {
-    let refused = |error: PyErr| -> PyErr {
-        let got = format!("{} ({})", type_name(object), error.value(object.py()));
-        Error::Kind { arg, expected: "a dense CPU array".into(), got }.into()
-    };
+    let refused = |error: PyErr| refusal(arg, "a dense CPU array".into(), object, error);
     if let Some(api) = ExchangeApi::from_object(object.as_borrowed())? {
         // Borrowed, not owned: the caller holds the tensor for the whole call.
         let parts =
@@ -319,7 +316,15 @@ fn dlpack_array<'py>(arg: &'static str, object: &Bound<'py, PyAny>, kind: Kind) 
         }
     }
     let source = if kind == Kind::Torch { object.call_method0("detach")? } else { object.clone() };
-    let export = from_dlpack(source.as_borrowed(), None, None).map_err(refused)?;
+    let export = match from_dlpack(source.as_borrowed(), None, None) {
+        Err(error) if kind == Kind::DLPack && error.is_instance_of::<PyTypeError>(object.py()) => {
+            // The exporter knows an older form of the protocol, which NumPy speaks.
+            let view = object.py().import("numpy")?.call_method1("from_dlpack", (object,)).map_err(refused)?;
+            let array = view.cast::<PyUntypedArray>().map_err(PyErr::from)?;
+            return Ok(numpy_array(arg, &view, array).map(|array| Array { kind, ..array }).ok_or(kind));
+        }
+        export => export.map_err(refused)?,
+    };
     let parts = {
         let tensor = export.validate().map_err(|error| Error::Kind {
             arg,

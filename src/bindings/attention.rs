@@ -1,6 +1,6 @@
 //! `attention`: `[B, S, H, D]`, and the call into the kernels that all exact entries share.
 
-use super::array::{Array, Layout};
+use super::array::{Array, Kind, Layout};
 use super::broadcast;
 use super::dlpack::Memory;
 use super::{enter, result, runtime};
@@ -106,7 +106,7 @@ pub fn run<T: SimdElement>(py: Python<'_>, call: &Call<'_>) -> PyResult<()> {
         q: call.q.tensor()?,
         k: call.k.tensor()?,
         v: call.v.tensor()?,
-        scale: call.scale.unwrap_or(1.0 / (call.shape.head_dim as f64).sqrt()),
+        scale: call.scale.unwrap_or(call.shape.default_scale()),
         mask: call.mask,
         bias: broadcast::bias(call.bias.0, call.bias.1, call.bias.2)?,
         layout: None,
@@ -141,6 +141,10 @@ fn check_out(out: &Array<'_>, shape: &[usize; 4], q: &Array<'_>, inputs: &[&Arra
         return Err(Error::Shape { arg: out.arg, expected, got: shape_text(out.shape()) });
     }
     q.check_same(out)?;
+    if out.kind == Kind::DLPack {
+        let got = format!("{}, which may rely on never changing", out.kind.name());
+        return Err(Error::NotWritable { arg: out.arg, got });
+    }
     check_memory(out, inputs)
 }
 
@@ -204,6 +208,7 @@ pub fn attention<'py>(
     }
     let scores = [batch, num_heads, seqlen_q, seqlen_k];
     if let Some(bias) = &bias {
+        q.check_kind(bias)?;
         broadcast::check_bias(bias, &scores, dtype)?;
     }
     let fresh = given.is_none();
@@ -221,7 +226,7 @@ pub fn attention<'py>(
         lse: lse.as_ref().map(|lse| View::of_lse(lse, &shape)),
     };
     dispatch_dtype!(dtype, run, py, &call)?;
-    let out = if fresh { result::deliver(&q, out)? } else { out.object };
+    let out = if fresh { result::deliver(&q, out)? } else { out.written()? };
     match lse {
         None => Ok(out),
         Some(lse) => Ok((out, result::deliver(&q, lse)?).into_pyobject(py)?.into_any()),

@@ -44,7 +44,7 @@ pub fn common(shapes: &[&[usize]]) -> Option<Vec<usize>> {
 /// A mask or bias, broadcast to `target` `[.., H, Sq, Sk]`; views start `offset` elements in, which selects one of the leading axes.
 ///
 /// # Errors
-/// [`Error::Shape`] when it does not broadcast, [`Error::DType`] when it is neither boolean, nor of `T`, nor of its accumulator.
+/// [`Error::Shape`] when it does not broadcast, [`Error::DType`] when it is neither boolean, nor of `T`, nor float32.
 pub fn bias<'a, T: Element>(array: Option<&Array<'_>>, target: &[usize], leading: &[usize]) -> Result<Bias<'a, T>> {
     let Some(array) = array else { return Ok(Bias::None) };
     let arg = array.arg;
@@ -59,18 +59,15 @@ pub fn bias<'a, T: Element>(array: Option<&Array<'_>>, target: &[usize], leading
     let outer = target.len() - 4;
     let offset: usize = leading.iter().zip(&strides).map(|(i, stride)| i * stride).sum();
     let strides: [usize; 4] = std::array::from_fn(|axis| strides[outer + axis]);
-    let acc = <T::Acc as Element>::DTYPE;
     match &array.element {
         ElementType::Bool => Ok(Bias::Bool(BiasView { data: &array.memory.slice(arg)?[offset..], strides })),
         ElementType::Float(dtype) if *dtype == T::DTYPE => {
             Ok(Bias::Input(BiasView { data: &array.memory.slice(arg)?[offset..], strides }))
         }
-        ElementType::Float(dtype) if *dtype == acc => {
-            Ok(Bias::Acc(BiasView { data: &array.memory.slice(arg)?[offset..], strides }))
-        }
+        ElementType::Float(DType::F32) => Ok(Bias::Single(BiasView { data: &array.memory.slice(arg)?[offset..], strides })),
         other => {
-            let expected = if acc == T::DTYPE { format!("bool or {acc}") } else { format!("bool, {} or {acc}", T::DTYPE) };
-            Err(Error::DType { arg, expected, got: other.to_string() })
+            let single = if T::DTYPE == DType::F32 { String::new() } else { format!(", {}", T::DTYPE) };
+            Err(Error::DType { arg, expected: format!("bool, float32{single}"), got: other.to_string() })
         }
     }
 }

@@ -65,7 +65,7 @@ fn run<T: SimdElement>(py: Python<'_>, call: &CachedCall<'_, '_>) -> PyResult<()
         q: rotated.as_ref().map_or(Ok(q), |data| Tensor::contiguous("q", data, q.shape()))?,
         k: call.caches[0].tensor()?,
         v: call.caches[1].tensor()?,
-        scale: call.scale.unwrap_or(1.0 / (shape.head_dim as f64).sqrt()),
+        scale: call.scale.unwrap_or(shape.default_scale()),
         mask: if call.causal { Mask::causal_bottom_right(shape.seqlen_q, shape.seqlen_k) } else { Mask::None },
         bias: Bias::None,
         layout: Some(&call.layout),
@@ -324,6 +324,10 @@ pub fn attention_with_kvcache<'py>(
     };
     dispatch_dtype!(dtype, run, py, &call)?;
     drop(call);
+    if new.is_some() {
+        k_cache.written()?;
+        v_cache.written()?;
+    }
     let out = result::deliver(&q, out)?;
     match lse {
         None => Ok(out),

@@ -12,6 +12,7 @@ mod merge;
 mod result;
 mod runtime;
 mod sdpa;
+mod torch;
 
 use pyo3::prelude::*;
 

@@ -1,6 +1,6 @@
 //! Threads, level and probes. The environment is read here and in `simd::level`.
 
-use super::array::loaded;
+use super::torch::loaded;
 use crate::error::Error;
 use crate::kernels::exact::Blocking;
 use crate::parallel::{MAX_THREADS, available_threads, for_each_tile};
@@ -22,8 +22,12 @@ fn number(arg: &'static str, expected: String, value: &str, limit: usize) -> Res
 }
 
 fn from_environment(arg: &'static str, limit: usize) -> Result<Option<usize>, Error> {
+    let expected = || format!("an integer from 1 to {limit}");
     match std::env::var(arg) {
-        Ok(value) if !value.is_empty() => number(arg, format!("an integer from 1 to {limit}"), &value, limit).map(Some),
+        Ok(value) if !value.is_empty() => number(arg, expected(), &value, limit).map(Some),
+        Err(std::env::VarError::NotUnicode(value)) => {
+            Err(Error::Value { arg, expected: expected(), got: value.to_string_lossy().into_owned() })
+        }
         _ => Ok(None),
     }
 }

@@ -81,7 +81,17 @@ fn leading_axes(q: &Array<'_>, k: &Array<'_>, v: &Array<'_>, enable_gqa: bool) -
     if leading.is_empty() {
         leading.push(1);
     }
+    let axis = |array: &Array<'_>, from_end: usize| array.shape()[array.shape().len() - from_end];
+    if axis(k, 1) != axis(q, 1) {
+        return Err(mismatch(k, format!("with head_dim {} as query has", axis(q, 1))));
+    }
+    if axis(v, 2) != axis(k, 2) {
+        return Err(mismatch(v, format!("with length {} as key has", axis(k, 2))));
+    }
     if enable_gqa {
+        if k_heads == 0 && q_heads > 0 || k_heads > 0 && q_heads % k_heads != 0 {
+            return Err(mismatch(k, format!("with a head count that divides query's {q_heads}")));
+        }
         if k_heads != v_heads {
             return Err(mismatch(v, format!("with {k_heads} heads as key has")));
         }
@@ -136,6 +146,7 @@ pub fn scaled_dot_product_attention<'py>(
     let mut scores = leading.clone();
     scores.extend([heads, shape.seqlen_q, shape.seqlen_k]);
     if let Some(mask) = &mask {
+        q.check_kind(mask)?;
         broadcast::check_bias(mask, &scores, dtype)?;
     }
     // The result has as many axes as the broadcast inputs: none that only `leading_axes` added.
@@ -144,6 +155,8 @@ pub fn scaled_dot_product_attention<'py>(
     full.extend([heads, shape.seqlen_q, shape.head_dim_v]);
     let result = result::empty("out", &q, &full[full.len() - rank..], dtype)?;
     let out = Stack::new(&result, &leading, heads)?;
+    // An empty result needs no call, however many leading axes it has.
+    let outer: &[usize] = if full.contains(&0) { &[0] } else { outer };
     for index in indices(outer) {
         let [q, k, v] = [0, 1, 2].map(|i| stacks[i].view(&index));
         let call = Call {

@@ -41,8 +41,8 @@ pub enum Bias<'a, T: Element> {
     Bool(BiasView<'a, u8>),
     /// Values of the inputs' type.
     Input(BiasView<'a, T>),
-    /// Values of the accumulator's type.
-    Acc(BiasView<'a, T::Acc>),
+    /// Single-precision values.
+    Single(BiasView<'a, f32>),
 }
 
 impl<T: Element> Bias<'_, T> {
@@ -57,7 +57,7 @@ impl<T: Element> Bias<'_, T> {
             Self::None => true,
             Self::Bool(view) => view.strides[1..3] == [0, 0],
             Self::Input(view) => view.strides[1..3] == [0, 0],
-            Self::Acc(view) => view.strides[1..3] == [0, 0],
+            Self::Single(view) => view.strides[1..3] == [0, 0],
         }
     }
 
@@ -82,7 +82,7 @@ impl<T: Element> Bias<'_, T> {
                 fill(view, at, first, out, |x| if x == 0 { T::Acc::NEG_INFINITY } else { T::Acc::ZERO });
             }
             Self::Input(view) => fill(view, at, first, out, T::to_acc),
-            Self::Acc(view) => fill(view, at, first, out, |x| x),
+            Self::Single(view) => fill(view, at, first, out, |x| T::Acc::from_f64(f64::from(x))),
         }
     }
 }

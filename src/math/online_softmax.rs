@@ -86,6 +86,13 @@ pub fn scale_base2<A: Float>(scale: f64) -> A {
     A::from_f64(scale * std::f64::consts::LOG2_E)
 }
 
+/// Bias in base 2. The lowest numbers, which many use to hide keys, stay finite: a row that has nothing else averages its values.
+#[inline(always)]
+pub fn finite_bias<T: SimdElement, I: Isa>(bias: T::V<I>) -> T::V<I> {
+    let base2 = T::V::<I>::splat(T::Acc::from_f64(std::f64::consts::LOG2_E));
+    T::V::<I>::splat(T::Acc::LOWEST).max(bias.mul(base2))
+}
+
 /// What one block did to a row.
 pub struct RowStep<A> {
     /// The factor that old sums shrink by.
@@ -115,7 +122,7 @@ pub fn row_probabilities<T: SimdElement, I: Isa>(
         if !whole {
             if let Some(bias) = bias {
                 let bias = T::V::<I>::load(&bias[j * lanes..]);
-                s = bias.mul_add(splat(T::Acc::from_f64(std::f64::consts::LOG2_E)), s);
+                s = s.add(finite_bias::<T, I>(bias));
                 // A hidden key's score may be NaN, and NaN + -inf is NaN.
                 s = splat(T::Acc::LOWEST).select_gt(bias, lowest, s);
             }

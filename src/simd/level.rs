@@ -72,6 +72,7 @@ impl Level {
         CURRENT
             .get_or_init(|| match std::env::var(ISA_VARIABLE) {
                 Ok(name) if !name.is_empty() => Self::from_name(&name).map(|l| l.min(Self::detected())).ok_or(name),
+                Err(std::env::VarError::NotUnicode(name)) => Err(name.to_string_lossy().into_owned()),
                 _ => Ok(Self::detected()),
             })
             .clone()

@@ -8,7 +8,7 @@ import torch
 
 from subquad.hf.delegate import Binding, Call, Original, binding_of, delegate, stray_binding
 from subquad.hf.structured_mask import CallMask, StructuredMask
-from subquad.hf.tracing import is_tracing
+from subquad.hf.tracing import PLAIN_TYPES, is_tracing
 from subquad.ops.exact import attention
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -45,7 +45,7 @@ _NOT_IMPLEMENTED = frozenset(
 )
 
 
-def _refused_argument(call: Call) -> str | None:
+def _refused_argument(call: Call, *, wants_weights: bool) -> str | None:
     kwargs = call.kwargs
     for name, value in kwargs.items():
         if value is None or name in _HARMLESS or name in _READ:
@@ -54,14 +54,14 @@ def _refused_argument(call: Call) -> str | None:
     if kwargs.get("dropout"):
         return "dropout"
     wanted = kwargs.get("output_attentions")
-    if wanted is None:
-        wanted = getattr(getattr(call.module, "config", None), "output_attentions", False)
-    return "output_attentions" if wanted else None
+    return "output_attentions" if (wants_weights if wanted is None else wanted) else None
 
 
 def _refused_tensors(call: Call) -> str | None:
     tensors = (call.query, call.key, call.value)
     for one in tensors:
+        if type(one) not in PLAIN_TYPES:
+            return f"tensors of type {type(one).__name__}"
         if one.device.type != "cpu":
             return f"device {one.device.type}"
         if one.dtype not in _DTYPES:
@@ -90,8 +90,6 @@ def _refused_shapes(call: Call) -> str | None:
 
 
 def _refused_mask(mask: Any) -> str | None:
-    if mask is None or isinstance(mask, StructuredMask):
-        return None
     if not isinstance(mask, torch.Tensor):
         return f"mask of type {type(mask).__name__}"
     if mask.device.type != "cpu":
@@ -105,10 +103,12 @@ def _why_delegate(binding: Binding, call: Call) -> str | None:
     """Returns why the original has to compute a call, or `None` if subquad can, whatever the mask means."""
     if binding.is_stray:
         return "another model with the same configuration"
-    if is_tracing(call.query):
+    if type(call.query) in PLAIN_TYPES and is_tracing(call.query):
         return "tracing"
     reason = (
-        _refused_argument(call) or _refused_tensors(call) or _refused_shapes(call) or _refused_mask(call.mask)
+        _refused_argument(call, wants_weights=binding.wants_weights)
+        or _refused_tensors(call)
+        or _refused_shapes(call)
     )
     original = binding.original
     if reason is None and original.name == "eager" and not original.seam.is_ordinary:
@@ -172,10 +172,13 @@ def _express(binding: Binding, call: Call) -> CallMask | str:
         return reason
     if call.mask is None:
         return _without_mask(binding.original, call)
-    if isinstance(call.mask, StructuredMask):
-        structured = call.mask.for_call(call.query.shape[2], call.key.shape[2])
-        return _with_tensor(call.mask.dense(), call) if structured is None else structured
-    return _with_tensor(call.mask, call)
+    mask = call.mask
+    if isinstance(mask, StructuredMask):
+        structured = mask.for_call(call.query.shape[2], call.key.shape[2])
+        if structured is not None:
+            return structured
+        mask = mask.dense()
+    return _refused_mask(mask) or _with_tensor(mask, call)
 
 
 def attention_forward(
@@ -223,10 +226,13 @@ def attention_forward(
         tally.computed += 1
         if is_dense:
             tally.dense[_origin(call)] += 1
+    key, value = call.key, call.value
+    if mask.visible < key.shape[2]:
+        key, value = key[:, :, : mask.visible], value[:, :, : mask.visible]
     output = attention(
         call.query.transpose(1, 2),
-        call.key[:, :, : mask.visible].transpose(1, 2),
-        call.value[:, :, : mask.visible].transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
         causal=mask.causal,
         scale=kwargs.get("scaling"),
         bias=mask.bias,

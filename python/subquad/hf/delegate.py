@@ -87,11 +87,14 @@ class Binding:
     Attributes:
         original: To what its calls are delegated.
         tallies: Counts of the patches that cover it.
+        wants_weights: Whether the configuration asks for the attention weights. transformers lets that change
+            only while the implementation is "eager".
         is_stray: Whether the module is in no patched model, but shares the configuration of one.
     """
 
     original: Original
     tallies: tuple[Tally, ...]
+    wants_weights: bool = False
     is_stray: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:

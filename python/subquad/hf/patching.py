@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from threading import RLock
 from types import TracebackType
 from typing import Any
@@ -24,12 +25,16 @@ _KNOWN = ("eager", "sdpa", "flex_attention")
 _lock = RLock()
 
 
+def _has_implementation(config: object) -> bool:
+    return hasattr(config, "_attn_implementation")
+
+
 def _configs(model: PreTrainedModel) -> list[Any]:
     """Returns the configurations of a model and of the models in it, each once."""
     found: dict[int, Any] = {}
 
     def visit(config: Any) -> None:
-        if config is None or id(config) in found or not hasattr(config, "_attn_implementation"):
+        if id(config) in found or not _has_implementation(config):
             return
         found[id(config)] = config
         for name in getattr(config, "sub_configs", {}):
@@ -115,7 +120,7 @@ class Patch:
                     continue
                 left = tuple(one for one in binding.tallies if one is not self._tally)
                 if left:
-                    setattr(module, ATTRIBUTE, Binding(binding.original, left))
+                    setattr(module, ATTRIBUTE, replace(binding, tallies=left))
                 else:
                     delattr(module, ATTRIBUTE)
             self._bound = ()
@@ -202,9 +207,11 @@ def _bind(modules: Sequence[torch.nn.Module], tally: Tally) -> dict[torch.nn.Mod
         entry, seam, known = registry.find(module.config), find_seam(module), binding_of(module)
         if entry is None or seam is None:
             continue
-        original = Original(entry.implementation, seam) if known is None else known.original
-        setattr(module, ATTRIBUTE, Binding(original, (*(known.tallies if known else ()), tally)))
-        bound[module] = original.name
+        if known is None:
+            wants_weights = bool(getattr(module.config, "output_attentions", False))
+            known = Binding(Original(entry.implementation, seam), (), wants_weights=wants_weights)
+        setattr(module, ATTRIBUTE, replace(known, tallies=(*known.tallies, tally)))
+        bound[module] = known.original.name
     return bound
 
 
@@ -233,8 +240,10 @@ def patch(model: PreTrainedModel) -> Patch:
     """
     model = _check_model(model)
     with _lock:
-        using = [module for module in interface_modules(model) if hasattr(module, "config")]
+        seams = interface_modules(model)
+        using = [module for module in seams if _has_implementation(getattr(module, "config", None))]
         left = [(module, "its class does not use AttentionInterface") for module in bypassing_modules(model)]
+        left += [(module, "it has no configuration") for module in set(seams).difference(using)]
         if not using:
             raise _no_seam(model, _count_left_alone(left))
         _check_implementations(model, using)

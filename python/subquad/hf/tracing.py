@@ -11,7 +11,7 @@ _mode_depth = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _is_functorch = getattr(
     getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda _tensor: False
 )
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_tracing(tensor: Any = None) -> bool:
@@ -28,4 +28,4 @@ def is_tracing(tensor: Any = None) -> bool:
         return True
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return True
-    return tensor is not None and (type(tensor) not in _PLAIN or bool(_is_functorch(tensor)))
+    return tensor is not None and (type(tensor) not in PLAIN_TYPES or bool(_is_functorch(tensor)))

@@ -69,14 +69,15 @@ def attention(
         v: values, `[B, Sk, Hkv, Dv]`, of q's library and dtype. `Dv` is 1 to 512 and may differ from `D`.
         causal: whether query `i` sees only keys `j <= i + Sk - Sq`.
         scale: factor of the scores. Default: `D ** -0.5`.
-        bias: what is added to the scaled scores, broadcastable to `[B, H, Sq, Sk]`: float32 (float64 for float64 inputs), q's
-            dtype, or boolean, where False hides a key. Axes of stride 0 cost nothing.
+        bias: what is added to the scaled scores, broadcastable to `[B, H, Sq, Sk]`: float32, q's dtype,
+            or boolean, where False hides a key. Axes of stride 0 cost nothing.
         return_lse: whether to return the logarithm of the sum of exponentials as well.
-        out: where to write the result: `[B, Sq, H, Dv]` of q's library and dtype, any strides with a contiguous last axis, in
-            memory of its own.
+        out: where to write the result: a PyTorch tensor or NumPy array, `[B, Sq, H, Dv]` of q's library and dtype, any strides
+            with a contiguous last axis, in memory of its own.
 
     Inputs are read in place, read-only ones too, whatever their strides, as long as the last axis is contiguous; one that is not
-    (or is misaligned, or runs backwards) is copied once.
+    (or is misaligned, runs backwards, or is a negated view) is copied once. Only NumPy can copy for other DLPack libraries: it has
+    no bfloat16.
 
     Returns:
         The output, `[B, Sq, H, Dv]` of q's library and dtype. With `return_lse` a pair of it and `lse`, `[B, H, Sq]`, float32
@@ -117,7 +118,7 @@ def scaled_dot_product_attention(
         dropout_p: must be 0.
         is_causal: whether query `i` sees only keys `j <= i`: the first query sees the first key (top-left alignment).
         scale: factor of the scores. Default: `E ** -0.5`.
-        enable_gqa: whether key and value may have fewer heads, in number a divisor of query's.
+        enable_gqa: whether key and value, alike, may have fewer heads, in number a divisor of query's.
 
     Leading axes broadcast. Inputs of rank 3 are `[H, L, E]`, of rank 2 `[L, E]`.
 

@@ -97,7 +97,7 @@ def attention(
     group = heads // kv_heads if kv_heads else 1
     q, k, v = (np.moveaxis(x.astype(np.float64), 2, 1) for x in (q, k, v))
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-    scale = head_dim**-0.5 if scale is None else scale
+    scale = max(head_dim, 1) ** -0.5 if scale is None else scale
     added, visible = _split_bias(bias, (batch, heads, seqlen_q, seqlen_k))
     if causal:
         reach = np.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
@@ -136,7 +136,7 @@ def scaled_dot_product_attention(
     query, key, value = (x.astype(np.float64) for x in (query, key, value))
     if enable_gqa:
         key, value = (np.repeat(x, query.shape[-3] // x.shape[-3], axis=-3) for x in (key, value))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = max(query.shape[-1], 1) ** -0.5 if scale is None else scale
     with np.errstate(invalid="ignore", over="ignore"):
         scores = scale * (query @ np.swapaxes(key, -1, -2))
     stack = np.broadcast_shapes(scores.shape[:-2], value.shape[:-2])

@@ -4,7 +4,7 @@ use super::plan::Buffers;
 use super::{ExactArgs, ExactOut};
 use crate::dtype::Float;
 use crate::math::load::MAX_LANES;
-use crate::math::online_softmax::{Column, log_sum_exp, probabilities, scale_base2, step};
+use crate::math::online_softmax::{Column, finite_bias, log_sum_exp, probabilities, scale_base2, step};
 use crate::math::tile::TileKernel;
 use crate::simd::{Isa, SimdElement, Vector, VectorKernel};
 use std::marker::PhantomData;
@@ -57,6 +57,12 @@ impl Cut {
     #[inline(always)]
     pub fn is_empty(&self) -> bool {
         self.seen[self.vectors - 1] == 0
+    }
+
+    /// Whether vector `v` computes a key that some of its rows do not see, when pieces begin at multiples of `step`.
+    #[inline(always)]
+    fn hides(&self, v: usize, step: usize) -> bool {
+        self.full[v] < self.seen[v].next_multiple_of(step).min(self.seen[self.vectors - 1])
     }
 
     /// `(first vector, keys)` of the pieces that vectors from the first on compute, when pieces begin at multiples of `step`.
@@ -144,7 +150,7 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
         let mut masked = false;
         for v in 0..cut.vectors {
             let at = v * lanes;
-            let cut_here = !plain || cut.full[v] < cut.seen[v];
+            let cut_here = !plain || cut.hides(v, K::KEY_STEP);
             masked |= cut_here;
             let (peak, scale) = match (plain, cut_here) {
                 (true, false) => (T::V::<I>::load(&peaks[at..]).mul(splat(scale)), splat(scale)),
@@ -214,7 +220,6 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
         let splat = T::V::<I>::splat;
         let lowest = splat(T::Acc::NEG_INFINITY);
         let scale = splat(scale_base2::<T::Acc>(self.args.scale));
-        let base2 = splat(T::Acc::from_f64(std::f64::consts::LOG2_E));
         let limits = self.limits(cut, v);
         let mut peak = lowest;
         for j in (0..cut.seen[v]).step_by(lanes) {
@@ -224,7 +229,7 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
                 let row = &mut scores[(j + i) * K::PANEL + v * lanes..];
                 let mut s = T::V::<I>::load(row).mul(scale);
                 if !self.args.bias.is_none() {
-                    s = bias.mul_add(base2, s);
+                    s = s.add(finite_bias::<T, I>(bias));
                     // A hidden key's score may be NaN, and NaN + -inf is NaN.
                     s = splat(T::Acc::LOWEST).select_gt(bias, lowest, s);
                 }

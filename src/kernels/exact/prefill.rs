@@ -37,10 +37,9 @@ struct Prefill<'a, T: SimdElement> {
 /// Computes `out` with up to `threads` threads. Results do not depend on how many.
 pub fn forward<T: SimdElement>(args: &ExactArgs<'_, T>, out: &ExactOut<'_, T>, level: Level, threads: usize, blocking: Blocking) {
     let shape = args.shape;
-    let flops = 2
-        * (shape.batch * shape.num_heads * shape.seqlen_q)
-            .saturating_mul(shape.seqlen_k)
-            .saturating_mul(shape.head_dim + shape.head_dim_v);
+    let flops = (shape.batch * shape.num_heads * shape.seqlen_q)
+        .saturating_mul(shape.seqlen_k)
+        .saturating_mul(2 * (shape.head_dim + shape.head_dim_v));
     let threads = if flops < SERIAL_FLOPS { 1 } else { threads };
     let prefill = Prefill { args, out, blocking, threads };
     let count = std::sync::OnceLock::new();

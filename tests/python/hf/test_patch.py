@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import re
 import subprocess
 import sys
@@ -299,6 +300,16 @@ def test_failure_while_patching(decoder, monkeypatch):
         subquad.hf.patch(model)
     assert model.config._attn_implementation == "sdpa"
     assert _registered() == [False, False]
+
+
+def test_saving_while_patched(decoder, tmp_path):
+    model = decoder("llama")
+    with subquad.hf.patch(model):
+        model.save_pretrained(tmp_path)
+        pickle.loads(pickle.dumps(model))
+    assert "subquad" not in (tmp_path / "config.json").read_text()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == "sdpa"
 
 
 def test_report(decoder, make_batch):

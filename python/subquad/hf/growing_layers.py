@@ -1,0 +1,311 @@
+"""Layers of a key-value cache that append in place instead of concatenating."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+# Room for this many tokens is not worth saving.
+_SMALLEST = 16
+# Doubling copies each token once more on average, growing 1.5 times twice more. From this size on (of the keys
+# or the values of a layer), memory matters more than the copies.
+_DOUBLING_BYTES = 64 * 2**20
+
+
+def _is_plain(states: object) -> bool:
+    """Whether copying states into a buffer is invisible to autograd, tracers and tensor subclasses."""
+    return (
+        type(states) is torch.Tensor
+        and states.ndim == 4
+        and states.layout is torch.strided
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+class _Span:
+    """Keys, or values: the used part of a buffer `[B, H, capacity, D]`, or a tensor without a buffer.
+
+    What lies in front of the used part was evicted; what lies behind it is free.
+    """
+
+    def __init__(self, used: torch.Tensor | None = None) -> None:
+        self.used = used
+        self.buffer: torch.Tensor | None = None
+        self._start = 0
+
+    def assign(self, used: torch.Tensor | None) -> None:
+        """Makes a tensor the used part. The buffer stays if the tensor is a run of its tokens."""
+        if used is self.used:
+            return
+        start = self._find(used)
+        self.used = used
+        if start is None:
+            self.buffer = None
+        self._start = start or 0
+
+    def _find(self, used: torch.Tensor | None) -> int | None:
+        """Returns at which token of the buffer a tensor starts, `None` if it is not a run of its tokens."""
+        buffer = self.buffer
+        if (
+            buffer is None
+            or type(used) is not torch.Tensor
+            or torch.compiler.is_compiling()
+            or used.ndim != 4
+            or used.dtype != buffer.dtype
+            or used.device != buffer.device
+            or used.requires_grad
+            or (*used.shape[:2], used.shape[3]) != (*buffer.shape[:2], buffer.shape[3])
+            or used.stride() != buffer.stride()
+        ):
+            return None
+        address = buffer.untyped_storage().data_ptr()
+        if address == 0 or used.untyped_storage().data_ptr() != address:
+            return None
+        return int(used.storage_offset() - buffer.storage_offset()) // int(buffer.shape[3])
+
+    def accepts(self, states: torch.Tensor) -> bool:
+        """Whether `append` gives what `torch.cat` would."""
+        used = self.used
+        if used is None or not _is_plain(states) or states.shape[3] == 0:
+            return False
+        if type(used) is not torch.Tensor or used.dtype != states.dtype or used.device != states.device:
+            return False
+        # `torch.cat` skips empty tensors of one axis, which is how layers start.
+        return used.shape == (0,) or (
+            used.ndim == 4 and (*used.shape[:2], used.shape[3]) == (*states.shape[:2], states.shape[3])
+        )
+
+    def append(self, states: torch.Tensor, *, room: int | None, reserved: int = 0) -> torch.Tensor:
+        """Appends tokens and returns the used part.
+
+        Args:
+            states: `[B, H, added, D]`; `accepts` must hold.
+            room: Most tokens to leave free where the buffer is replaced. `None`: grow geometrically.
+            reserved: Least capacity of a new buffer, in tokens.
+        """
+        assert self.used is not None
+        length = self.used.shape[2] if self.used.ndim == 4 else 0
+        needed = length + states.shape[2]
+        buffer = self.buffer
+        if (
+            buffer is None
+            or self._start + needed > buffer.shape[2]
+            # Torch allows no in-place changes of those later.
+            or (buffer.is_inference() and not torch.is_inference_mode_enabled())
+        ):
+            size = needed * states[:, :, :1].numel() * states.element_size()
+            grown = needed if size <= _DOUBLING_BYTES else needed // 2
+            free = grown if room is None else min(grown, room)
+            capacity = max(needed + free, reserved, _SMALLEST)
+            # Never the old buffer, even where it has room in front: views of it were handed out.
+            buffer = states.new_empty((*states.shape[:2], capacity, states.shape[3]))
+            if length:
+                buffer[:, :, :length].copy_(self.used)
+            self.buffer, self._start = buffer, 0
+        buffer.narrow(2, self._start + length, states.shape[2]).copy_(states)
+        self.used = buffer.narrow(2, self._start, needed)
+        return self.used
+
+    def keep_last(self, count: int) -> None:
+        """Evicts all but the last `count` tokens."""
+        assert self.used is not None
+        excess = self.used.shape[2] - count
+        if excess > 0:
+            self.used = self.used.narrow(2, excess, count)
+            self._start += excess
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Selects batch rows, into a buffer of the same capacity."""
+        assert self.used is not None
+        assert self.buffer is not None
+        rows = rows.to(self.used.device)
+        end = self._start + self.used.shape[2]
+        buffer = self.buffer.new_empty((rows.shape[0], *self.buffer.shape[1:]))
+        used = buffer[:, :, self._start : end]
+        torch.index_select(self.used, 0, rows, out=used)
+        self.buffer, self.used = buffer, used
+
+    def compact(self) -> torch.Tensor | None:
+        """Returns the used part, as a copy of its own size if it lies in a buffer."""
+        if self.used is None or self.buffer is None:
+            return self.used
+        return self.used.clone(memory_format=torch.contiguous_format)
+
+
+class _GrowingStates:
+    """Keeps the `keys` and `values` of a dynamic layer in buffers.
+
+    Whatever transformers assigns to them becomes their content, and stays in the buffer if it is a part of it
+    (as in `crop`): every method but those here is the parent's.
+    """
+
+    _keys: _Span
+    _values: _Span
+    is_initialized: bool
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """The cached keys, `[B, H, length, D]`."""
+        return self._keys.used
+
+    @keys.setter
+    def keys(self, keys: torch.Tensor | None) -> None:
+        if "_keys" in vars(self):
+            self._keys.assign(keys)
+        else:
+            self._keys = _Span(keys)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """The cached values, `[B, H, length, D_v]`."""
+        return self._values.used
+
+    @values.setter
+    def values(self, values: torch.Tensor | None) -> None:
+        if "_values" in vars(self):
+            self._values.assign(values)
+        else:
+            self._values = _Span(values)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens the buffers have room for, 0 if there are none yet. Both have the same."""
+        buffer = self._keys.buffer
+        return 0 if buffer is None else buffer.shape[2]
+
+    def _can_append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        if not (_is_plain(key_states) and _is_plain(value_states)):
+            return False
+        if key_states.shape[2] != value_states.shape[2]:
+            return False
+        if not self.is_initialized:
+            # The parent knows how, whatever the version: an update without tokens does nothing else.
+            super().update(key_states[:, :, :0], value_states[:, :, :0])  # type: ignore[misc]
+        return self._keys.accepts(key_states) and self._values.accepts(value_states)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Selects the batch rows of the beams that go on."""
+        spans = (self._keys, self._values)
+        if torch.is_grad_enabled() or any(span.buffer is None for span in spans):
+            super().reorder_cache(beam_idx)  # type: ignore[misc]
+            return
+        for span in spans:
+            span.reorder(beam_idx)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what copies and pickles hold: of the buffers, only the used part."""
+        state = vars(self).copy()
+        state["keys"] = state.pop("_keys").compact()
+        state["values"] = state.pop("_values").compact()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class GrowingLayer(_GrowingStates, DynamicLayer):  # type: ignore[no-untyped-call]
+    """A `DynamicLayer` that appends to buffers `[B, H, capacity, D]` instead of concatenating.
+
+    An update copies the new tokens only. A full buffer is replaced by one for twice the tokens (above 64 MiB,
+    1.5 times), so that each token is copied once more on average (twice), and a new buffer is at most twice as
+    large as what is used, or 16 tokens. `keys` and `values` are the used parts: views with head stride
+    `capacity * D`.
+
+    In grad mode, under `torch.compile`, and for tensor subclasses (fake tensors among them), an update
+    concatenates as the parent's does.
+    """
+
+    reserved = 0
+
+    def reserve(self, tokens: int) -> None:
+        """Makes the next buffers large enough for so many tokens in total."""
+        self.reserved = tokens
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends tokens.
+
+        Args:
+            key_states: `[B, H, added, D]`.
+            value_states: `[B, H, added, D_v]`.
+            *args: As in transformers, without meaning here.
+            **kwargs: As in transformers, without meaning here.
+
+        Returns:
+            All keys and all values.
+        """
+        if not self._can_append(key_states, value_states):
+            updated: tuple[torch.Tensor, torch.Tensor] = super().update(
+                key_states, value_states, *args, **kwargs
+            )
+            return updated
+        return (
+            self._keys.append(key_states, room=None, reserved=self.reserved),
+            self._values.append(value_states, room=None, reserved=self.reserved),
+        )
+
+
+class GrowingSlidingWindowLayer(_GrowingStates, DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
+    """A `DynamicSlidingWindowLayer` that appends to buffers `[B, H, capacity, D]` instead of concatenating.
+
+    The last `W - 1` tokens of the window `W` are the used part. It moves through the buffer; at its end, it is
+    copied to the start of a new one with room for `W / 4` tokens more (at least 16). A token is thus copied
+    about four times more on average, whatever the window. Updates of more tokens than that concatenate, as the
+    parent's do. While the past is recorded, the buffers grow like those of `GrowingLayer`.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends tokens and evicts those that left the window.
+
+        Args:
+            key_states: `[B, H, added, D]`.
+            value_states: `[B, H, added, D_v]`.
+            *args: As in transformers, without meaning here.
+            **kwargs: As in transformers, without meaning here.
+
+        Returns:
+            The keys and the values of the window of every new token, `[B, H, <= W - 1 + added, D]`.
+        """
+        added = key_states.shape[-2]
+        kept = self.sliding_window - 1
+        records = getattr(self, "record_past", False)
+        slack = max(_SMALLEST, self.sliding_window // 4)
+        if kept < 1 or (added > slack and not records) or not self._can_append(key_states, value_states):
+            updated: tuple[torch.Tensor, torch.Tensor] = super().update(
+                key_states, value_states, *args, **kwargs
+            )
+            return updated
+        self.cumulative_length += added
+        room = None if records else slack
+        keys = self._keys.append(key_states, room=room)
+        values = self._values.append(value_states, room=room)
+        if records:
+            return keys[:, :, -(kept + added) :], values[:, :, -(kept + added) :]
+        self._keys.keep_last(kept)
+        self._values.keep_last(kept)
+        return keys, values
+
+
+_GROWING: dict[type, Any] = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: GrowingSlidingWindowLayer}
+
+
+def can_grow(layer: object) -> bool:
+    """Whether `growing` replaces this layer. It does not replace subclasses, such as hybrid layers."""
+    return type(layer) in _GROWING
+
+
+def growing(layer: Any) -> Any:
+    """Returns a growing layer with the content of a dynamic one; layers of other kinds as they are."""
+    kind = _GROWING.get(type(layer))
+    if kind is None:
+        return layer
+    replacement = kind.__new__(kind)
+    replacement.__setstate__(vars(layer))
+    return replacement
