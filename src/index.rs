@@ -82,7 +82,7 @@ mod tests {
         assert!(matches!(layout.check(3, 16), Err(Error::Value { arg: "block_table", .. })));
         layout.ranges[1] = 0..33;
         assert!(matches!(layout.check(4, 16), Err(Error::Value { arg: "cache_seqlens", .. })));
-        let layout = KeyLayout { ranges: vec![0..1], rows: Some(vec![5]), pages: None };
+        let layout = KeyLayout { ranges: vec![0..1, 0..0], rows: Some(vec![5, 0]), pages: None };
         assert_eq!(layout.place(0, 7), (5, 7));
         assert!(matches!(layout.check(5, 8), Err(Error::Value { arg: "cache_batch_idx", .. })));
     }

@@ -18,10 +18,12 @@
 
 mod arrays;
 mod exporter;
+mod plans;
 
 use arbitrary::Arbitrary;
-use arrays::{Array, Element, Export, Library, Number, Plan, Verdict};
+use arrays::{Array, Element, Export, Verdict};
 use libfuzzer_sys::{Corpus, fuzz_target};
+use plans::{Library, Number, Plan};
 use pyo3::exceptions::{PyBufferError, PyMemoryError, PyNotImplementedError, PyOverflowError, PyTypeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;

@@ -37,7 +37,7 @@ def attention_with_kvcache(
     block_table: Any | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int | None, int | None] = (None, None),
+    window_size: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
     rotary_interleaved: bool = True,
     alibi_slopes: Any | None = None,

@@ -57,6 +57,13 @@ impl<'a> View<'a> {
         Ok(Self { arg: array.arg, memory: &array.memory, offset: 0, shape, strides: [b, s, h] })
     }
 
+    /// One of the heads.
+    pub fn head(self, head: usize) -> Self {
+        let [batch, length, heads, width] = self.shape;
+        let offset = self.offset + head * self.strides[2];
+        Self { offset, shape: [batch, length, heads.min(1), width], ..self }
+    }
+
     /// `[B, H, Sq]`, as rows of one element of a `[B, Sq, H, 1]` array.
     pub fn of_lse(lse: &'a Array<'_>, shape: &AttnShape) -> Self {
         let [b, h, s] = lse.memory.strides[..] else { unreachable!("of rank 3") };
@@ -84,8 +91,9 @@ pub struct Call<'a> {
     pub k: View<'a>,
     /// Values.
     pub v: View<'a>,
-    /// The additive or boolean mask with the shape it broadcasts to and the place along its leading axes.
-    pub bias: (Option<&'a Array<'a>>, &'a [usize], &'a [usize]),
+    /// The additive or boolean mask with the shape it broadcasts to, and the place along its leading axes and
+    /// heads.
+    pub bias: (Option<&'a Array<'a>>, &'a [usize], &'a [usize], usize),
     /// Which keys are seen, by position.
     pub mask: Mask,
     /// Factor of the scores; `None` for `1 / sqrt(head_dim)`.
@@ -108,7 +116,7 @@ pub fn run<T: SimdElement>(py: Python<'_>, call: &Call<'_>) -> PyResult<()> {
         v: call.v.tensor()?,
         scale: call.scale.unwrap_or(call.shape.default_scale()),
         mask: call.mask,
-        bias: broadcast::bias(call.bias.0, call.bias.1, call.bias.2)?,
+        bias: broadcast::bias(call.bias.0, call.bias.1, call.bias.2, call.bias.3)?,
         layout: None,
     };
     let out = ExactOut { out: writer(&call.out)?, lse: call.lse.as_ref().map(writer).transpose()? };
@@ -219,7 +227,7 @@ pub fn attention<'py>(
         q: views[0],
         k: views[1],
         v: views[2],
-        bias: (bias.as_ref(), &scores, &[]),
+        bias: (bias.as_ref(), &scores, &[], 0),
         mask: if causal { Mask::causal_bottom_right(seqlen_q, seqlen_k) } else { Mask::None },
         scale,
         out: View::in_order(&out, "[B, Sq, H, Dv]")?,

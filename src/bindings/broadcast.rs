@@ -41,11 +41,12 @@ pub fn common(shapes: &[&[usize]]) -> Option<Vec<usize>> {
     Some(common)
 }
 
-/// A mask or bias, broadcast to `target` `[.., H, Sq, Sk]`; views start `offset` elements in, which selects one of the leading axes.
+/// A mask or bias, broadcast to `target` `[.., H, Sq, Sk]`; views start at one place along the leading axes, and at
+/// a head.
 ///
 /// # Errors
 /// [`Error::Shape`] when it does not broadcast, [`Error::DType`] when it is neither boolean, nor of `T`, nor float32.
-pub fn bias<'a, T: Element>(array: Option<&Array<'_>>, target: &[usize], leading: &[usize]) -> Result<Bias<'a, T>> {
+pub fn bias<'a, T: Element>(array: Option<&Array<'_>>, target: &[usize], leading: &[usize], head: usize) -> Result<Bias<'a, T>> {
     let Some(array) = array else { return Ok(Bias::None) };
     let arg = array.arg;
     let strides = strides_for(&array.memory, target).ok_or_else(|| Error::Shape {
@@ -57,7 +58,7 @@ pub fn bias<'a, T: Element>(array: Option<&Array<'_>>, target: &[usize], leading
         return Ok(Bias::None);
     }
     let outer = target.len() - 4;
-    let offset: usize = leading.iter().zip(&strides).map(|(i, stride)| i * stride).sum();
+    let offset: usize = leading.iter().chain([&0, &head]).zip(&strides).map(|(i, stride)| i * stride).sum();
     let strides: [usize; 4] = std::array::from_fn(|axis| strides[outer + axis]);
     match &array.element {
         ElementType::Bool => Ok(Bias::Bool(BiasView { data: &array.memory.slice(arg)?[offset..], strides })),
@@ -66,8 +67,8 @@ pub fn bias<'a, T: Element>(array: Option<&Array<'_>>, target: &[usize], leading
         }
         ElementType::Float(DType::F32) => Ok(Bias::Single(BiasView { data: &array.memory.slice(arg)?[offset..], strides })),
         other => {
-            let single = if T::DTYPE == DType::F32 { String::new() } else { format!(", {}", T::DTYPE) };
-            Err(Error::DType { arg, expected: format!("bool, float32{single}"), got: other.to_string() })
+            let own = if T::DTYPE == DType::F32 { String::new() } else { format!(", {}", T::DTYPE) };
+            Err(Error::DType { arg, expected: format!("bool{own} or float32"), got: other.to_string() })
         }
     }
 }
@@ -78,7 +79,7 @@ pub fn bias<'a, T: Element>(array: Option<&Array<'_>>, target: &[usize], leading
 /// As [`bias`].
 pub fn check_bias(array: &Array<'_>, target: &[usize], dtype: DType) -> Result<()> {
     fn check<T: Element>(array: &Array<'_>, target: &[usize]) -> Result<()> {
-        bias::<T>(Some(array), target, &[]).map(|_| ())
+        bias::<T>(Some(array), target, &[], 0).map(|_| ())
     }
     dispatch_dtype!(dtype, check, array, target)
 }

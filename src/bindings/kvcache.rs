@@ -83,13 +83,13 @@ fn append<T: Element>(
     rotary: Option<Rotary<'_, T>>,
 ) {
     let [batch, tokens, heads, _] = rows.shape();
-    for b in 0..batch {
+    for (b, &length) in lengths.iter().enumerate().take(batch) {
         for t in 0..tokens {
-            let (row, token) = layout.place(b, lengths[b] + t);
+            let (row, token) = layout.place(b, length + t);
             for head in 0..heads {
                 let (source, target) = (rows.row(b, t, head), cache.row(row, token, head));
                 match rotary {
-                    Some(rotary) => rotary.rotate(source, lengths[b] - layout.ranges[b].start + t, target),
+                    Some(rotary) => rotary.rotate(source, length - layout.ranges[b].start + t, target),
                     None => target.copy_from_slice(source),
                 }
             }
@@ -109,19 +109,25 @@ fn rotate_queries<T: Element>(q: &Tensor<'_, T>, call: &CachedCall<'_, '_>, rota
     rotated
 }
 
+fn side(n: Option<i64>) -> String {
+    n.filter(|&n| n >= 0).map_or_else(|| "any number".into(), |n| n.to_string())
+}
+
 /// Options of `FlashAttention`'s function that are not served yet, or that say "off" in its own way.
 fn refuse_unsupported(
-    window_size: (Option<i64>, Option<i64>),
+    window_size: Option<(Option<i64>, Option<i64>)>,
     softcap: Option<f64>,
     alibi_slopes: Option<&Bound<'_, PyAny>>,
 ) -> Result<(), Error> {
     let unsupported =
         |what: String| Err(Error::Unsupported { what, instead: "pass None, or a bias to subquad.attention".into() });
-    if [window_size.0, window_size.1].into_iter().flatten().any(|n| n >= 0) {
-        return unsupported(format!("window_size: a window of {window_size:?}"));
+    if let Some((left, right)) = window_size
+        && left.max(right).is_some_and(|n| n >= 0)
+    {
+        return unsupported(format!("window_size: a window of {} to the left and {} to the right", side(left), side(right)));
     }
     if softcap.is_some_and(|cap| cap != 0.0) {
-        return unsupported(format!("softcap: a soft-cap of {softcap:?}"));
+        return unsupported(format!("softcap: a soft-cap of {}", softcap.unwrap_or_default()));
     }
     if alibi_slopes.is_some() {
         return unsupported("alibi_slopes: ALiBi".into());
@@ -166,12 +172,78 @@ fn check_rotary(cos: &Array<'_>, sin: &Array<'_>, q: &Array<'_>, width: usize, p
     Ok(())
 }
 
+/// What says where the keys of each sequence lie.
+#[derive(Clone, Copy)]
+struct LayoutOptions<'a, 'py> {
+    cache_seqlens: Option<&'a Bound<'py, PyAny>>,
+    cache_batch_idx: Option<&'a Bound<'py, PyAny>>,
+    cache_leftpad: Option<&'a Bound<'py, PyAny>>,
+    block_table: Option<&'a Bound<'py, PyAny>>,
+}
+
+/// The checked layout, and the lengths before `appended` tokens are.
+fn key_layout(
+    options: LayoutOptions<'_, '_>,
+    batch: usize,
+    cache: &View<'_>,
+    appended: Option<usize>,
+) -> PyResult<(KeyLayout, Vec<usize>)> {
+    let LayoutOptions { cache_seqlens, cache_batch_idx, cache_leftpad, block_table } = options;
+    let [rows, tokens, ..] = cache.shape;
+    let pages = match block_table {
+        None => None,
+        Some(_) if tokens == 0 => {
+            return Err(Error::Shape {
+                arg: "k_cache",
+                expected: "pages of at least one token".into(),
+                got: shape_text(&cache.shape),
+            }
+            .into());
+        }
+        Some(table) => {
+            let expected = format!("({batch}, pages of a sequence)");
+            let (shape, table) = integers::read("block_table", table, &[Some(batch), None], &expected)?;
+            Some(Pages { table, per_sequence: shape[1], page_size: tokens })
+        }
+    };
+    let capacity = pages.as_ref().map_or(tokens, |pages| pages.per_sequence * pages.page_size);
+    let chosen = cache_batch_idx.map(|rows| integers::per_sequence("cache_batch_idx", rows, batch)).transpose()?;
+    if chosen.is_some() && pages.is_some() {
+        let expected = "None, as block_table is given".into();
+        return Err(Error::Value { arg: "cache_batch_idx", expected, got: "an array".into() }.into());
+    }
+    if chosen.is_none() && pages.is_none() && rows < batch {
+        let expected = format!("with at least {batch} rows as q has sequences");
+        return Err(Error::Shape { arg: "k_cache", expected, got: shape_text(&cache.shape) }.into());
+    }
+    let lengths = match cache_seqlens {
+        Some(lengths) => integers::per_sequence("cache_seqlens", lengths, batch)?,
+        None if appended.is_some() => {
+            let expected = "the lengths before k and v are appended".into();
+            return Err(Error::Value { arg: "cache_seqlens", expected, got: "None".into() }.into());
+        }
+        None => vec![capacity; batch],
+    };
+    let starts = match cache_leftpad {
+        Some(starts) => integers::per_sequence("cache_leftpad", starts, batch)?,
+        None => vec![0; batch],
+    };
+    if let Some(b) = (0..batch).find(|&b| starts[b] > lengths[b]) {
+        let expected = format!("at most the length, {} for sequence {b}", lengths[b]);
+        return Err(Error::Value { arg: "cache_leftpad", expected, got: starts[b].to_string() }.into());
+    }
+    let ranges = (0..batch).map(|b| starts[b]..lengths[b].saturating_add(appended.unwrap_or(0))).collect();
+    let layout = KeyLayout { ranges, rows: chosen, pages };
+    layout.check(rows, tokens)?;
+    Ok((layout, lengths))
+}
+
 /// FlashAttention's `flash_attn_with_kvcache`; documented in `subquad.ops.kvcache`.
 #[pyfunction]
 #[pyo3(signature = (q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
-    cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=false, window_size=(None, None),
+    cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=false, window_size=None,
     softcap=None, rotary_interleaved=true, alibi_slopes=None, num_splits=None, return_softmax_lse=false))]
-#[expect(clippy::too_many_arguments, clippy::fn_params_excessive_bools, reason = "FlashAttention's signature")]
+#[expect(clippy::too_many_arguments, reason = "FlashAttention's signature")]
 pub fn attention_with_kvcache<'py>(
     q: &Bound<'py, PyAny>,
     k_cache: &Bound<'py, PyAny>,
@@ -186,7 +258,7 @@ pub fn attention_with_kvcache<'py>(
     block_table: Option<&Bound<'py, PyAny>>,
     softmax_scale: Option<f64>,
     causal: bool,
-    window_size: (Option<i64>, Option<i64>),
+    window_size: Option<(Option<i64>, Option<i64>)>,
     softcap: Option<f64>,
     rotary_interleaved: bool,
     alibi_slopes: Option<&Bound<'py, PyAny>>,
@@ -220,58 +292,17 @@ pub fn attention_with_kvcache<'py>(
     let names = if block_table.is_some() { "[pages, page_size, Hkv, D]" } else { "[rows, capacity, Hkv, D]" };
     let caches = [View::in_order(&k_cache, names)?, View::in_order(&v_cache, names)?];
     let [batch, seqlen_q, ..] = q_view.shape;
-    let [rows, tokens, kv_heads, _] = caches[0].shape;
+    let [_, tokens, kv_heads, _] = caches[0].shape;
     if caches[1].shape[..3] != caches[0].shape[..3] {
         let expected = format!("with rows, length and heads {} as k_cache has", shape_text(&caches[0].shape[..3]));
         return Err(Error::Shape { arg: "v_cache", expected, got: shape_text(&caches[1].shape) }.into());
     }
 
-    let pages = match block_table {
-        None => None,
-        Some(_) if tokens == 0 => {
-            return Err(Error::Shape {
-                arg: "k_cache",
-                expected: "pages of at least one token".into(),
-                got: shape_text(&caches[0].shape),
-            }
-            .into());
-        }
-        Some(table) => {
-            let expected = format!("({batch}, pages of a sequence)");
-            let (shape, table) = integers::read("block_table", table, &[Some(batch), None], &expected)?;
-            Some(Pages { table, per_sequence: shape[1], page_size: tokens })
-        }
-    };
-    let capacity = pages.as_ref().map_or(tokens, |pages| pages.per_sequence * pages.page_size);
-    let chosen = cache_batch_idx.map(|rows| integers::per_sequence("cache_batch_idx", rows, batch)).transpose()?;
-    if chosen.is_some() && pages.is_some() {
-        let expected = "None, as block_table is given".into();
-        return Err(Error::Value { arg: "cache_batch_idx", expected, got: "an array".into() }.into());
-    }
-    if chosen.is_none() && pages.is_none() && rows < batch {
-        let expected = format!("with at least {batch} rows as q has sequences");
-        return Err(Error::Shape { arg: "k_cache", expected, got: shape_text(&caches[0].shape) }.into());
-    }
-    let appended = new.as_ref().map_or(0, |[k, _]| k.shape().get(1).copied().unwrap_or(0));
-    let lengths = match cache_seqlens {
-        Some(lengths) => integers::per_sequence("cache_seqlens", lengths, batch)?,
-        None if new.is_some() => {
-            let expected = "the lengths before k and v are appended".into();
-            return Err(Error::Value { arg: "cache_seqlens", expected, got: "None".into() }.into());
-        }
-        None => vec![capacity; batch],
-    };
-    let starts = match cache_leftpad {
-        Some(starts) => integers::per_sequence("cache_leftpad", starts, batch)?,
-        None => vec![0; batch],
-    };
-    if let Some(b) = (0..batch).find(|&b| starts[b] > lengths[b]) {
-        let expected = format!("at most the length, {} for sequence {b}", lengths[b]);
-        return Err(Error::Value { arg: "cache_leftpad", expected, got: starts[b].to_string() }.into());
-    }
-    let ranges = (0..batch).map(|b| starts[b]..lengths[b].saturating_add(appended)).collect();
-    let layout = KeyLayout { ranges, rows: chosen, pages };
-    layout.check(rows, tokens)?;
+    let appended = new.as_ref().map(|[k, _]| k.shape().get(1).copied().unwrap_or(0));
+    let options = LayoutOptions { cache_seqlens, cache_batch_idx, cache_leftpad, block_table };
+    let (layout, lengths) = key_layout(options, batch, &caches[0], appended)?;
+    let appended = appended.unwrap_or(0);
+    let capacity = layout.pages.as_ref().map_or(tokens, |pages| pages.per_sequence * pages.page_size);
 
     let [_, _, _, head_dim_v] = caches[1].shape;
     let logical = |view: &View<'_>| [batch, capacity, kv_heads, view.shape[3]];
@@ -291,7 +322,7 @@ pub fn attention_with_kvcache<'py>(
         check_collisions(&layout, &lengths)?;
     }
     if let Some([cos, sin]) = &rotary {
-        let longest = (0..batch).map(|b| lengths[b] - starts[b]).max().unwrap_or(0);
+        let longest = (0..batch).map(|b| lengths[b] - layout.ranges[b].start).max().unwrap_or(0);
         check_rotary(cos, sin, &q, shape.head_dim, longest + appended.max(if causal { seqlen_q } else { 1 }))?;
     }
     let num_splits = match num_splits {

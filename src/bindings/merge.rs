@@ -26,6 +26,7 @@ fn run<T: Element>(py: Python<'_>, call: &MergeCall<'_>) -> PyResult<()> {
 
 /// Merges results over disjoint sets of keys; documented in `subquad.ops.kvcache`.
 #[pyfunction]
+#[expect(clippy::needless_pass_by_value, reason = "what Python's arguments become")]
 pub fn merge_attention<'py>(
     outs: Vec<Bound<'py, PyAny>>,
     lses: Vec<Bound<'py, PyAny>>,

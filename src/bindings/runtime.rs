@@ -100,6 +100,8 @@ pub fn get_num_threads(py: Python<'_>) -> PyResult<usize> {
 /// Version, build and run-time settings.
 #[pyfunction]
 pub fn config(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    // A wrong variable is best noticed here, not in the first call.
+    blocking()?;
     let config = PyDict::new(py);
     config.set_item("version", env!("CARGO_PKG_VERSION"))?;
     config.set_item("profile", if cfg!(debug_assertions) { "debug" } else { "release" })?;

@@ -55,8 +55,8 @@ fn indices(extents: &[usize]) -> impl Iterator<Item = Vec<usize>> + '_ {
     })
 }
 
-/// Checks ranks and heads; returns the broadcast axes before the heads, at least one of them, and both head counts.
-fn leading_axes(q: &Array<'_>, k: &Array<'_>, v: &Array<'_>, enable_gqa: bool) -> Result<(Vec<usize>, usize, usize), Error> {
+/// Checks ranks and heads; returns the broadcast axes before the heads, at least one of them, and the head counts.
+fn leading_axes(q: &Array<'_>, k: &Array<'_>, v: &Array<'_>, enable_gqa: bool) -> Result<(Vec<usize>, [usize; 3]), Error> {
     for array in [q, k, v] {
         if array.shape().len() < 2 {
             return Err(Error::Shape {
@@ -89,19 +89,18 @@ fn leading_axes(q: &Array<'_>, k: &Array<'_>, v: &Array<'_>, enable_gqa: bool) -
         return Err(mismatch(v, format!("with length {} as key has", axis(k, 2))));
     }
     if enable_gqa {
-        if k_heads == 0 && q_heads > 0 || k_heads > 0 && q_heads % k_heads != 0 {
-            return Err(mismatch(k, format!("with a head count that divides query's {q_heads}")));
+        for (array, heads) in [(k, k_heads), (v, v_heads)] {
+            if heads == 0 && q_heads > 0 || heads > 0 && q_heads % heads != 0 {
+                return Err(mismatch(array, format!("with a head count that divides query's {q_heads}")));
+            }
         }
-        if k_heads != v_heads {
-            return Err(mismatch(v, format!("with {k_heads} heads as key has")));
-        }
-        return Ok((leading, q_heads, k_heads));
+        return Ok((leading, [q_heads, k_heads, v_heads]));
     }
     let heads = broadcast::common(&[&[q_heads], &[k_heads], &[v_heads]]).ok_or_else(|| {
         let (array, heads) = if k_heads != q_heads && k_heads != 1 { (k, k_heads) } else { (v, v_heads) };
         mismatch(array, format!("with {q_heads} heads as query has (pass enable_gqa=True to share {heads})"))
     })?[0];
-    Ok((leading, heads, heads))
+    Ok((leading, [heads; 3]))
 }
 
 /// PyTorch's function of that name; documented in `subquad.ops.exact`.
@@ -136,11 +135,17 @@ pub fn scaled_dot_product_attention<'py>(
     let dtype = q.float()?;
     q.check_same(&k)?;
     q.check_same(&v)?;
-    let (leading, heads, kv_heads) = leading_axes(&q, &k, &v, enable_gqa)?;
-    let stacks = [Stack::new(&q, &leading, heads)?, Stack::new(&k, &leading, kv_heads)?, Stack::new(&v, &leading, kv_heads)?];
+    let (leading, [heads, k_heads, v_heads]) = leading_axes(&q, &k, &v, enable_gqa)?;
+    let stacks = [Stack::new(&q, &leading, heads)?, Stack::new(&k, &leading, k_heads)?, Stack::new(&v, &leading, v_heads)?];
     let outer = &leading[..leading.len() - 1];
     let first = vec![0; outer.len()];
-    let [q_view, k_view, v_view] = [0, 1, 2].map(|i| stacks[i].view(&first));
+    // Keys and values that group the heads differently are taken head by head.
+    let (by_head, turns) = if k_heads == v_heads { (false, 1) } else { (true, heads) };
+    let view = |i: usize, index: &[usize], head: usize| {
+        let view = stacks[i].view(index);
+        if by_head { view.head(head * [heads, k_heads, v_heads][i] / heads.max(1)) } else { view }
+    };
+    let [q_view, k_view, v_view] = [0, 1, 2].map(|i| view(i, &first, 0));
     let shape = AttnShape::new(["query", "key", "value"], q_view.shape, k_view.shape, v_view.shape)?;
 
     let mut scores = leading.clone();
@@ -157,17 +162,18 @@ pub fn scaled_dot_product_attention<'py>(
     let out = Stack::new(&result, &leading, heads)?;
     // An empty result needs no call, however many leading axes it has.
     let outer: &[usize] = if full.contains(&0) { &[0] } else { outer };
-    for index in indices(outer) {
-        let [q, k, v] = [0, 1, 2].map(|i| stacks[i].view(&index));
+    for (index, head) in indices(outer).flat_map(|index| (0..turns).map(move |head| (index.clone(), head))) {
+        let [q, k, v] = [0, 1, 2].map(|i| view(i, &index, head));
+        let whole = out.view(&index);
         let call = Call {
             shape,
             q,
             k,
             v,
-            bias: (mask.as_ref(), &scores, &index),
+            bias: (mask.as_ref(), &scores, &index, head),
             mask: if is_causal { Mask::causal_top_left() } else { Mask::None },
             scale,
-            out: out.view(&index),
+            out: if by_head { whole.head(head) } else { whole },
             lse: None,
         };
         dispatch_dtype!(dtype, run, py, &call)?;

@@ -177,5 +177,9 @@ fn fold_lanes<T: SimdElement, I: Isa>(v: T::V<I>, start: T::Acc, op: impl Fn(T::
 
 /// `ln` of the sum of exponentials, from the running maximum and sum in base 2; `-inf` where no key was seen.
 pub fn log_sum_exp<A: Float>(m: A, l: A) -> A {
+    // A maximum that `finite_bias` had to hold back is at least as low in base e.
+    if m == A::LOWEST {
+        return m;
+    }
     A::from_f64((m.to_f64() + l.to_f64().log2()) * std::f64::consts::LN_2)
 }

@@ -115,7 +115,7 @@ def check_sdpa() -> Callable[..., None]:
         naive = naive_scaled_dot_product_attention(*arrays, mask, dtype=dtype, **options)
         # Few rows make what the naive formula loses a matter of luck: one rounding of the scores is allowed.
         scale = options.get("scale")
-        scale = arrays[0].shape[-1] ** -0.5 if scale is None else scale
+        scale = max(arrays[0].shape[-1], 1) ** -0.5 if scale is None else scale
         finite = [np.where(np.isfinite(x), x, 0.0) for x in arrays]
         norms = [np.sqrt(np.max(np.sum(x * x, axis=-1), initial=0.0)) for x in finite[:2]]
         floor = _score_floor(dtype, abs(scale) * norms[0] * norms[1], finite[2])

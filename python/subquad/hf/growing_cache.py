@@ -32,8 +32,8 @@ class GrowingCache(DynamicCache):
 
     `DynamicCache` concatenates: for every token, it copies all keys and values it holds. This cache appends
     in place, to buffers `[B, H, capacity, D]` with room to spare (`GrowingLayer`,
-    `GrowingSlidingWindowLayer`), and otherwise does what `DynamicCache` does. The keys and values are views of
-    the used parts, `[:, :, :length]`: the last axis is contiguous, the stride of the heads is `capacity * D`.
+    `GrowingSlidingWindowLayer`), and otherwise does what `DynamicCache` does. The keys and values are views
+    of the used parts, `[:, :, :length]`: the last axis is contiguous, the heads' stride is `capacity * D`.
 
     Replaced are the layers of the classes `DynamicLayer` and `DynamicSlidingWindowLayer`. All others (linear
     attention, convolution, indexed, hybrid, those of single models) stay transformers' own.
@@ -113,7 +113,7 @@ class GrowingCache(DynamicCache):
 
     @property
     def is_compileable(self) -> bool:
-        """Never: `generate` would compile the model for a cache of static layers that is no `DynamicCache`."""
+        """Never: `generate` would compile the model for static layers in a cache of another class."""
         return False
 
 
@@ -217,8 +217,8 @@ def use_in_generate(model: PreTrainedModel) -> GenerateCaches:
     """Makes `model.generate` create a `GrowingCache` wherever it would create a `DynamicCache`.
 
     This sets one attribute of this one object, which shadows the method in which `generate` creates its
-    cache. Caches that the caller passes, static, quantized and offloaded caches, and those of models without a
-    layer that could grow stay as they are; so does the cache that `forward` creates when called without one.
+    cache. Caches that the caller passes, static, quantized and offloaded caches, and those of models without
+    a layer that could grow stay as they are; so does the cache that `forward` creates if called without one.
     Copies of the model (`copy.deepcopy`) create growing caches too; pickles do not.
 
     Returns:

@@ -9,8 +9,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # Room for this many tokens is not worth saving.
 _SMALLEST = 16
-# Doubling copies each token once more on average, growing 1.5 times twice more. From this size on (of the keys
-# or the values of a layer), memory matters more than the copies.
+# Doubling copies each token once more on average, growing 1.5 times twice more. From this size on (of the
+# keys or the values of a layer), memory matters more than the copies.
 _DOUBLING_BYTES = 64 * 2**20
 
 
@@ -211,8 +211,8 @@ class GrowingLayer(_GrowingStates, DynamicLayer):  # type: ignore[no-untyped-cal
     """A `DynamicLayer` that appends to buffers `[B, H, capacity, D]` instead of concatenating.
 
     An update copies the new tokens only. A full buffer is replaced by one for twice the tokens (above 64 MiB,
-    1.5 times), so that each token is copied once more on average (twice), and a new buffer is at most twice as
-    large as what is used, or 16 tokens. `keys` and `values` are the used parts: views with head stride
+    1.5 times), so that each token is copied once more on average (twice), and a new buffer is at most twice
+    as large as what is used, or 16 tokens. `keys` and `values` are the used parts: views with head stride
     `capacity * D`.
 
     In grad mode, under `torch.compile`, and for tensor subclasses (fake tensors among them), an update
@@ -253,10 +253,10 @@ class GrowingLayer(_GrowingStates, DynamicLayer):  # type: ignore[no-untyped-cal
 class GrowingSlidingWindowLayer(_GrowingStates, DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
     """A `DynamicSlidingWindowLayer` that appends to buffers `[B, H, capacity, D]` instead of concatenating.
 
-    The last `W - 1` tokens of the window `W` are the used part. It moves through the buffer; at its end, it is
-    copied to the start of a new one with room for `W / 4` tokens more (at least 16). A token is thus copied
-    about four times more on average, whatever the window. Updates of more tokens than that concatenate, as the
-    parent's do. While the past is recorded, the buffers grow like those of `GrowingLayer`.
+    The last `W - 1` tokens of the window `W` are the used part. It moves through the buffer; at its end, it
+    is copied to the start of a new one with room for `W / 4` tokens more (at least 16). A token is thus
+    copied about four times more on average, whatever the window. Updates of more tokens than that
+    concatenate, as the parent's do. While the past is recorded, the buffers grow like `GrowingLayer`'s.
     """
 
     def update(

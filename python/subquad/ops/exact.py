@@ -118,7 +118,7 @@ def scaled_dot_product_attention(
         dropout_p: must be 0.
         is_causal: whether query `i` sees only keys `j <= i`: the first query sees the first key (top-left alignment).
         scale: factor of the scores. Default: `E ** -0.5`.
-        enable_gqa: whether key and value, alike, may have fewer heads, in number a divisor of query's.
+        enable_gqa: whether key and value may have fewer heads, in number a divisor of query's.
 
     Leading axes broadcast. Inputs of rank 3 are `[H, L, E]`, of rank 2 `[L, E]`.
 
