@@ -141,12 +141,18 @@ impl<'a, T> RowWriter<'a, T> {
 ///
 /// Sufficient, not necessary: the axes must nest, which every view of a contiguous array does.
 pub fn rows_are_disjoint(shape: [usize; 4], strides: [usize; 3]) -> bool {
-    let mut axes: Vec<(usize, usize)> = (0..3).filter(|&i| shape[i] > 1).map(|i| (strides[i], shape[i])).collect();
+    shape.contains(&0) || axes_are_disjoint((0..3).map(|i| (strides[i], shape[i])).collect(), shape[3])
+}
+
+/// Whether no two rows of `width` elements share one, given the stride and extent of every axis they are repeated along.
+/// Sufficient, as [`rows_are_disjoint`].
+pub fn axes_are_disjoint(mut axes: Vec<(usize, usize)>, width: usize) -> bool {
+    axes.retain(|&(_, n)| n > 1);
     axes.sort_unstable();
-    let mut reach = shape[3];
+    let mut reach = width;
     for (stride, n) in axes {
         if stride < reach {
-            return shape.contains(&0);
+            return false;
         }
         reach += stride * (n - 1);
     }

@@ -43,11 +43,6 @@ impl Element {
         }
     }
 
-    /// Scores and sums of inputs of this type.
-    pub fn accumulator(self) -> Self {
-        if self == Self::F64 { Self::F64 } else { Self::F32 }
-    }
-
     fn write(self, x: f64, to: &mut [u8]) {
         match self {
             Self::F32 => to.copy_from_slice(&(x as f32).to_ne_bytes()),
@@ -117,6 +112,8 @@ pub struct Array {
     pub flags: DlpackFlags,
     pub capsule: Option<CapsuleFault>,
     pub reported_device: Option<(i64, i64)>,
+    /// Whether `__dlpack__` takes no version.
+    pub plain_method: bool,
     /// Elements from one to the next along each axis.
     pub strides: Option<Vec<i64>>,
     pub memory: Memory,

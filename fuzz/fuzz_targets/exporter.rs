@@ -19,6 +19,10 @@ pub static ALIVE: AtomicUsize = AtomicUsize::new(0);
 #[pyclass(frozen)]
 pub struct Exporter(Arc<Array>);
 
+/// An exporter of the protocol's first edition, whose method takes a stream and nothing else.
+#[pyclass(frozen)]
+pub struct PlainExporter(Arc<Array>);
+
 /// An exporter from before `__dlpack_device__`.
 #[pyclass(frozen)]
 pub struct OldExporter(Arc<Array>);
@@ -36,9 +40,21 @@ pub fn object<'py>(py: Python<'py>, array: &Arc<Array>) -> PyResult<Option<Bound
         Export::Legacy | Export::Versioned(_) if array.reported_device.is_none() => {
             Bound::new(py, OldExporter(shared))?.into_any()
         }
+        Export::Legacy if array.plain_method => Bound::new(py, PlainExporter(shared))?.into_any(),
         Export::Legacy | Export::Versioned(_) => Bound::new(py, Exporter(shared))?.into_any(),
     };
     Ok(Some(object))
+}
+
+/// Whether `object` is what [`object`] made of `array`.
+pub fn is_of(object: &Bound<'_, PyAny>, array: &Arc<Array>) -> bool {
+    let same = |other: &Arc<Array>| Arc::ptr_eq(other, array);
+    let address = || object.getattr("ctypes")?.getattr("data")?.extract::<usize>();
+    object.cast::<Exporter>().is_ok_and(|object| same(&object.get().0))
+        || object.cast::<OldExporter>().is_ok_and(|object| same(&object.get().0))
+        || object.cast::<PlainExporter>().is_ok_and(|object| same(&object.get().0))
+        || object.cast::<Exchanger>().is_ok_and(|object| same(&object.get().0))
+        || array.export == Export::NumPy && address().is_ok_and(|address| address == array.memory().0 + array.memory().2)
 }
 
 fn numpy<'py>(py: Python<'py>, array: &Array) -> PyResult<Bound<'py, PyAny>> {
@@ -70,6 +86,19 @@ fn numpy<'py>(py: Python<'py>, array: &Array) -> PyResult<Bound<'py, PyAny>> {
 impl Exporter {
     #[pyo3(signature = (**_options))]
     fn __dlpack__<'py>(&self, py: Python<'py>, _options: Option<&Bound<'py, PyDict>>) -> PyResult<Bound<'py, PyAny>> {
+        capsule(py, &self.0)
+    }
+
+    fn __dlpack_device__(&self) -> (i64, i64) {
+        self.0.reported_device.unwrap_or((1, 0))
+    }
+}
+
+#[pymethods]
+impl PlainExporter {
+    #[pyo3(signature = (*, stream = None))]
+    fn __dlpack__<'py>(&self, py: Python<'py>, stream: Option<&Bound<'py, PyAny>>) -> PyResult<Bound<'py, PyAny>> {
+        assert!(stream.is_none(), "a stream on the CPU");
         capsule(py, &self.0)
     }
 

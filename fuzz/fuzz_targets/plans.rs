@@ -93,6 +93,8 @@ pub enum Fault {
         id: i64,
     },
     NoDeviceMethod,
+    /// `__dlpack__` takes no options.
+    PlainMethod,
     MajorVersion(u32),
     ReadOnly,
     Capsule(CapsuleFault),
@@ -202,6 +204,7 @@ fn realise(export: Export, faults: &[Fault], dtype: DLDataType, shape: Vec<i64>,
         flags: DlpackFlags::empty(),
         capsule: None,
         reported_device: Some((1, 0)),
+        plain_method: false,
         strides,
         memory: Memory::new(0),
         first: 0,
@@ -233,6 +236,7 @@ fn realise(export: Export, faults: &[Fault], dtype: DLDataType, shape: Vec<i64>,
                 array.reported_device = None;
                 reported = true;
             }
+            Fault::PlainMethod => array.plain_method = true,
             Fault::MajorVersion(major) => array.version.major = major,
             Fault::ReadOnly => array.flags = DlpackFlags::READ_ONLY,
             Fault::Capsule(fault) => array.capsule = Some(fault),

@@ -149,10 +149,6 @@ fn check_out(out: &Array<'_>, shape: &[usize; 4], q: &Array<'_>, inputs: &[&Arra
         return Err(Error::Shape { arg: out.arg, expected, got: shape_text(out.shape()) });
     }
     q.check_same(out)?;
-    if out.kind == Kind::DLPack {
-        let got = format!("{}, which may rely on never changing", out.kind.name());
-        return Err(Error::NotWritable { arg: out.arg, got });
-    }
     check_memory(out, inputs)
 }
 
@@ -161,6 +157,10 @@ fn check_out(out: &Array<'_>, shape: &[usize; 4], q: &Array<'_>, inputs: &[&Arra
 /// # Errors
 /// [`Error::NotWritable`] or [`Error::Overlap`].
 pub fn check_memory(out: &Array<'_>, inputs: &[&Array<'_>]) -> Result<(), Error> {
+    if out.kind == Kind::DLPack {
+        let got = format!("{}, which may rely on never changing", out.kind.name());
+        return Err(Error::NotWritable { arg: out.arg, got });
+    }
     if out.read_only {
         return Err(Error::NotWritable { arg: out.arg, got: "a read-only one".into() });
     }

@@ -4,6 +4,7 @@ use super::array::{Array, ElementType, Layout};
 use crate::error::Error;
 use crate::tensor::shape_text;
 use pyo3::prelude::*;
+use pyo3::types::PyBool;
 
 /// A negative number: beyond every limit that lengths, rows and pages have.
 pub const NEGATIVE: usize = usize::MAX;
@@ -54,9 +55,11 @@ fn places<'a>(array: &'a Array<'_>) -> impl Iterator<Item = usize> + 'a {
 /// # Errors
 /// As [`read`], and [`Error::Value`] for a negative number.
 pub fn per_sequence(arg: &'static str, object: &Bound<'_, PyAny>, batch: usize) -> PyResult<Vec<usize>> {
+    // An array of one element converts to an integer as well, but says nothing of the other sequences.
+    let is_array = object.getattr("ndim").is_ok_and(|n| n.extract::<usize>().is_ok_and(|n| n > 0));
     let values = match object.extract::<i64>() {
-        Ok(n) => vec![usize::try_from(n).unwrap_or(NEGATIVE); batch],
-        Err(_) => read(arg, object, &[Some(batch)], &format!("({batch},), one for each sequence"))?.1,
+        Ok(n) if !is_array && !object.is_instance_of::<PyBool>() => vec![usize::try_from(n).unwrap_or(NEGATIVE); batch],
+        _ => read(arg, object, &[Some(batch)], &format!("({batch},), one for each sequence"))?.1,
     };
     if values.contains(&NEGATIVE) {
         return Err(Error::Value { arg, expected: "numbers of at least 0".into(), got: "a negative number".into() }.into());

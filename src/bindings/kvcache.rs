@@ -10,7 +10,7 @@ use crate::kernels::bias::Bias;
 use crate::kernels::exact::{ExactArgs, ExactOut, decode};
 use crate::kernels::mask::Mask;
 use crate::kernels::rotary::{Pairing, Rotary};
-use crate::parallel::RowWriter;
+use crate::parallel::{RowWriter, axes_are_disjoint};
 use crate::simd::SimdElement;
 use crate::tensor::{AttnShape, Tensor, shape_text};
 use half::{bf16, f16};
@@ -135,7 +135,7 @@ fn refuse_unsupported(
     Ok(())
 }
 
-/// Checks that no place is written for two sequences, or written for one and read for another.
+/// Checks that no row or page that is written is used twice.
 fn check_collisions(layout: &KeyLayout, lengths: &[usize]) -> Result<(), Error> {
     // Unpaged caches count as one page for each row.
     let page_size = layout.pages.as_ref().map_or(usize::MAX, |pages| pages.page_size);
@@ -145,16 +145,32 @@ fn check_collisions(layout: &KeyLayout, lengths: &[usize]) -> Result<(), Error> 
         for first in (0..range.end).step_by(page_size) {
             let writes = range.end.min(first.saturating_add(page_size)) > lengths[b];
             let (row, _) = layout.place(b, first);
-            let (owner, written) = owners.entry(row).or_insert((b, writes));
-            if (writes || *written) && *owner != b {
-                let got = format!("{row} for sequences {owner} and {b}");
-                let expected = "memory of its own for each sequence that is appended to".into();
-                return Err(Error::Value { arg, expected, got });
+            match owners.insert(row, (b, writes)) {
+                Some((owner, written)) if writes || written => {
+                    let got = format!("{row} for sequences {owner} and {b}");
+                    let expected = "memory of its own for what is appended to".into();
+                    return Err(Error::Value { arg, expected, got });
+                }
+                _ => {}
             }
-            *written |= writes;
         }
     }
     Ok(())
+}
+
+/// Checks that keys and values share no memory: side by side in one buffer is fine.
+fn check_apart(k: &Array<'_>, v: &Array<'_>) -> Result<(), Error> {
+    let [keys, values] = [k, v].map(|array| array.memory.bytes(array.arg, array.itemsize()));
+    let (keys, values) = (keys?, values?);
+    if keys.start >= values.end || values.start >= keys.end {
+        return Ok(());
+    }
+    let distance = keys.start.abs_diff(values.start);
+    let width = k.shape()[3].max(v.shape()[3]);
+    let mut axes: Vec<(usize, usize)> = k.memory.strides.iter().copied().zip(k.shape().iter().copied()).take(3).collect();
+    axes.push((distance / k.itemsize(), 2));
+    let alike = k.memory.strides[..3] == v.memory.strides[..3] && distance.is_multiple_of(k.itemsize());
+    if alike && axes_are_disjoint(axes, width) { Ok(()) } else { Err(Error::Overlap { arg: v.arg, other: k.arg }) }
 }
 
 fn check_rotary(cos: &Array<'_>, sin: &Array<'_>, q: &Array<'_>, width: usize, positions: usize) -> Result<(), Error> {
@@ -319,6 +335,7 @@ pub fn attention_with_kvcache<'py>(
             inputs.extend(new.iter().chain(rotary.iter().flatten()));
             check_memory(cache, &inputs)?;
         }
+        check_apart(&k_cache, &v_cache)?;
         check_collisions(&layout, &lengths)?;
     }
     if let Some([cos, sin]) = &rotary {

@@ -7,10 +7,14 @@
         model.generate(**inputs)
     print(handle.report())
 
+`GrowingCache(config=model.config)` is a `DynamicCache` that does not copy what it holds for every token; `generate` of a
+patched model uses it.
+
 Importing this package patches nothing.
 """
 
+from subquad.hf.growing_cache import GrowingCache
 from subquad.hf.patching import Patch, patch
 from subquad.hf.report import Delegated, LeftAlone, Replaced, Report
 
-__all__ = ["Delegated", "LeftAlone", "Patch", "Replaced", "Report", "patch"]
+__all__ = ["Delegated", "GrowingCache", "LeftAlone", "Patch", "Replaced", "Report", "patch"]

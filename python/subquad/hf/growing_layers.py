@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -86,8 +87,8 @@ class _Span:
             room: Most tokens to leave free where the buffer is replaced. `None`: grow geometrically.
             reserved: Least capacity of a new buffer, in tokens.
         """
-        assert self.used is not None
-        length = self.used.shape[2] if self.used.ndim == 4 else 0
+        used = self._stored()
+        length = used.shape[2] if used.ndim == 4 else 0
         needed = length + states.shape[2]
         buffer = self.buffer
         if (
@@ -103,29 +104,36 @@ class _Span:
             # Never the old buffer, even where it has room in front: views of it were handed out.
             buffer = states.new_empty((*states.shape[:2], capacity, states.shape[3]))
             if length:
-                buffer[:, :, :length].copy_(self.used)
+                buffer[:, :, :length].copy_(used)
             self.buffer, self._start = buffer, 0
         buffer.narrow(2, self._start + length, states.shape[2]).copy_(states)
         self.used = buffer.narrow(2, self._start, needed)
         return self.used
 
+    def _stored(self) -> torch.Tensor:
+        if self.used is None:
+            raise RuntimeError("the layer has not been initialized: nothing was stored")
+        return self.used
+
     def keep_last(self, count: int) -> None:
         """Evicts all but the last `count` tokens."""
-        assert self.used is not None
-        excess = self.used.shape[2] - count
+        used = self._stored()
+        excess = used.shape[2] - count
         if excess > 0:
-            self.used = self.used.narrow(2, excess, count)
+            self.used = used.narrow(2, excess, count)
             self._start += excess
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Selects batch rows, into a buffer of the same capacity."""
-        assert self.used is not None
-        assert self.buffer is not None
-        rows = rows.to(self.used.device)
-        end = self._start + self.used.shape[2]
+        stored = self._stored()
+        rows = rows.to(stored.device)
+        if self.buffer is None:
+            self.used = stored.index_select(0, rows)
+            return
+        end = self._start + stored.shape[2]
         buffer = self.buffer.new_empty((rows.shape[0], *self.buffer.shape[1:]))
         used = buffer[:, :, self._start : end]
-        torch.index_select(self.used, 0, rows, out=used)
+        torch.index_select(stored, 0, rows, out=used)
         self.buffer, self.used = buffer, used
 
     def compact(self) -> torch.Tensor | None:
@@ -145,6 +153,7 @@ class _GrowingStates:
     _keys: _Span
     _values: _Span
     is_initialized: bool
+    get_seq_length: Callable[[], int]
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -172,7 +181,7 @@ class _GrowingStates:
 
     @property
     def capacity(self) -> int:
-        """Tokens the buffers have room for, 0 if there are none yet. Both have the same."""
+        """Tokens for which the buffer of the keys has room, free and used; 0 if there is none yet."""
         buffer = self._keys.buffer
         return 0 if buffer is None else buffer.shape[2]
 
@@ -189,7 +198,12 @@ class _GrowingStates:
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Selects the batch rows of the beams that go on."""
         spans = (self._keys, self._values)
-        if torch.is_grad_enabled() or any(span.buffer is None for span in spans):
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or self.get_seq_length() == 0
+            or any(span.buffer is None for span in spans)
+        ):
             super().reorder_cache(beam_idx)  # type: ignore[misc]
             return
         for span in spans:

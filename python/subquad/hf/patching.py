@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from subquad.hf import registry
 from subquad.hf.attention import attention_forward
 from subquad.hf.delegate import ATTRIBUTE, Binding, Original, binding_of
+from subquad.hf.growing_cache import GenerateCaches, use_in_generate
 from subquad.hf.interface import asks_for_sdpa, bypassing_modules, find_seam, interface_modules
 from subquad.hf.masks import structured_mask
 from subquad.hf.report import Coverage, LeftAlone, Replaced, Report, Tally, take_report
@@ -85,6 +86,7 @@ class Patch:
         *,
         held: Sequence[Any],
         bound: Sequence[torch.nn.Module],
+        caches: GenerateCaches,
     ) -> None:
         """Records what `patch` has done."""
         # Otherwise a model that only the patch refers to would be gone, and with it the patch.
@@ -92,6 +94,7 @@ class Patch:
         self._coverage = coverage
         self._tally = tally
         self._bound = tuple(bound)
+        self._caches = caches
         # Also restores the configuration, which other models may share, when the model is dropped without
         # `undo`.
         self._finalizer = weakref.finalize(model, _release, tuple(held), tally)
@@ -113,6 +116,7 @@ class Patch:
         order.
         """
         with _lock:
+            self._caches.undo()
             self._finalizer()
             for module in self._bound:
                 binding = binding_of(module)
@@ -224,6 +228,8 @@ def patch(model: PreTrainedModel) -> Patch:
     `s_aux`, `sinks`, `position_bias`, `indices`, `block_indices` or a paged cache, with `output_attentions`,
     on other devices than the CPU, and within `torch.compile`.
 
+    `generate` gets a `GrowingCache` in place of a `DynamicCache`, where the report does not say otherwise.
+
     A model that is already patched can be patched again: each patch has its own counts, and the model is
     restored when the last one is undone.
 
@@ -258,12 +264,15 @@ def patch(model: PreTrainedModel) -> Patch:
                 left.append((module, f"on device {device}: calls are delegated to {bound[module]}"))
             else:
                 replaced[type(module).__name__, bound[module]] += 1
+        left_alone = _count_left_alone(left)
+        if not bound:
+            _release(held, tally)
+            raise _no_seam(model, left_alone)
+        caches = use_in_generate(model)
         coverage = Coverage(
             model=type(model).__name__,
             replaced=tuple(Replaced(name, count, original) for (name, original), count in replaced.items()),
-            left_alone=_count_left_alone(left),
+            left_alone=left_alone,
+            cache=caches.reason,
         )
-        if not bound:
-            _release(held, tally)
-            raise _no_seam(model, coverage.left_alone)
-        return Patch(model, coverage, tally, held=held, bound=list(bound))
+        return Patch(model, coverage, tally, held=held, bound=list(bound), caches=caches)

@@ -45,11 +45,13 @@ class Coverage:
         model: Class name of the model.
         replaced: Modules whose attention subquad computes.
         left_alone: Modules that stay as they were, and why.
+        cache: Why `generate` keeps the caches it had; `None` where it gets growing ones.
     """
 
     model: str
     replaced: tuple[Replaced, ...]
     left_alone: tuple[LeftAlone, ...]
+    cache: str | None
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Report:
         active: Whether the model was patched when the snapshot was taken.
         replaced: Modules whose attention subquad computes.
         left_alone: Modules that stay as they were, and why.
+        cache: Why `generate` keeps the caches it had; `None` where it gets growing ones.
         computed: Calls that subquad computed.
         dense: Those of them that read a mask with one entry for each query and key, by the mask's origin.
         delegated: Calls that the original implementation computed, by reason, most frequent first.
@@ -112,6 +115,7 @@ class Report:
     active: bool
     replaced: tuple[Replaced, ...]
     left_alone: tuple[LeftAlone, ...]
+    cache: str | None
     computed: int
     dense: Mapping[str, int]
     delegated: tuple[Delegated, ...]
@@ -122,6 +126,8 @@ class Report:
         lines = [f"{self.model}: {'patched by subquad' if self.active else 'no longer patched by subquad'}"]
         lines += [f"  replaced: {one.name}{_times(one.count)} (was {one.original})" for one in self.replaced]
         lines += [f"  left alone: {one.name}{_times(one.count)}: {one.reason}" for one in self.left_alone]
+        kept = "growing caches" if self.cache is None else f"caches left alone: {self.cache}"
+        lines.append(f"  generate: {kept}")
         lines.append(f"  computed by subquad: {_calls(self.computed)}")
         lines += [f"    with a dense mask: {origin}: {_calls(calls)}" for origin, calls in self.dense.items()]
         lines += [
@@ -139,6 +145,7 @@ def take_report(coverage: Coverage, tally: Tally, *, active: bool) -> Report:
         active=active,
         replaced=coverage.replaced,
         left_alone=coverage.left_alone,
+        cache=coverage.cache,
         computed=tally.computed,
         dense=dict(tally.dense.most_common()),
         delegated=tuple(

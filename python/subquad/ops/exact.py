@@ -92,9 +92,7 @@ def attention(
         NotImplementedError: for tensors that require grad while gradients are enabled, and heads wider than 512.
         OverflowError: for sizes that cannot be indexed.
     """
-    return _native.attention(
-        q, k, v, causal=causal, scale=scale, bias=bias, return_lse=return_lse, out=out
-    )
+    return _native.attention(q, k, v, causal=causal, scale=scale, bias=bias, return_lse=return_lse, out=out)
 
 
 def scaled_dot_product_attention(
@@ -131,6 +129,7 @@ def scaled_dot_product_attention(
         NotImplementedError: for dropout, and for tensors that require grad while gradients are enabled.
         OverflowError: for sizes that cannot be indexed.
     """
-    return _native.scaled_dot_product_attention(
+    out: ArrayT = _native.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     )
+    return out

@@ -143,7 +143,7 @@ def scaled_dot_product_attention(
     scores = np.broadcast_to(scores, (*stack, *scores.shape[-2:]))
     added, visible = _split_bias(attn_mask, scores.shape)
     if is_causal:
-        visible = visible & np.tri(*scores.shape[-2:], dtype=bool)
+        visible = visible & np.tri(*scores.shape[-2:], dtype=np.bool_)
     with np.errstate(invalid="ignore"):
         scores = scores + added
     return _softmax(scores, visible, np.broadcast_to(value, (*stack, *value.shape[-2:])))[0]

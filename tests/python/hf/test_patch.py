@@ -323,6 +323,7 @@ def test_report(decoder, make_batch):
     assert str(after) == (
         "Gemma3ForCausalLM: patched by subquad\n"
         "  replaced: Gemma3Attention x2 (was sdpa)\n"
+        "  generate: growing caches\n"
         "  computed by subquad: 2 calls\n"
         "    with a dense mask: sliding_window: 1 call"
     )

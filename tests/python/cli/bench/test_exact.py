@@ -79,7 +79,7 @@ def test_a_busy_machine_slows_the_probe_too(fixed, make_settings, recorder):
 @pytest.mark.parametrize(
     ("level", "floors"), [("avx2", [None, 0.5]), ("scalar", [None, 0.2]), ("avx512", [None, None])]
 )
-def test_floors_are_for_the_level_and_two_threads(fixed, make_settings, recorder, monkeypatch, level, floors):  # noqa: PLR0917
+def test_floors_are_for_the_level_and_two_threads(fixed, make_settings, recorder, monkeypatch, level, floors):
     monkeypatch.setattr(exact._native, "config", lambda: {"level": level})
     outcome = exact.run([(SHAPE, "float32")], make_settings(), recorder)
     assert [one["floor"] for one in outcome.records] == floors
@@ -87,7 +87,7 @@ def test_floors_are_for_the_level_and_two_threads(fixed, make_settings, recorder
 
 
 @pytest.mark.parametrize(("share", "cell"), [(0.5, "50.0% "), (0.49, "49.0%!")])
-def test_what_is_below_the_floor_is_marked(fixed, make_settings, recorder, monkeypatch, share, cell):  # noqa: PLR0917
+def test_what_is_below_the_floor_is_marked(fixed, make_settings, recorder, monkeypatch, share, cell):
     monkeypatch.setattr(exact._native, "config", lambda: {"level": "avx2"})
     fixed["peak/2"] = [SHAPE.useful_flops / seconds / share for seconds in fixed["subquad/2"]]
     outcome = exact.run([(SHAPE, "float32")], make_settings(), recorder)

@@ -69,7 +69,7 @@ def test_the_warm_up_is_no_longer_than_the_run(model, prompt, fake, recorder, ti
 @pytest.mark.parametrize(
     ("budget", "count"), [(0.1, 1), (-5.0, 1), (41.9, 1), (42.0, 2), (61.9, 2), (62.0, 3), (1e9, 3)]
 )
-def test_rounds_that_fit_the_budget(model, prompt, fake, recorder, timed_runs, budget, count):  # noqa: PLR0917
+def test_rounds_that_fit_the_budget(model, prompt, fake, recorder, timed_runs, budget, count):
     runs, _ = measure(model, prompt, fake, recorder, budget=budget)
     assert [len(each) for each in runs.values()] == [count, count]
     assert recorder.details[-1] == f"{CANDIDATE if count % 2 else BASELINE}: prefill 2.00 s"
