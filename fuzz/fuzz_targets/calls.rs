@@ -188,7 +188,9 @@ impl Input {
                 let written = cached.appended.is_some();
                 want("q", self.element, &[b, sq, heads, d], false);
                 want("k_cache", self.element, &[rows, sk, kv_heads, d], written);
-                want("v_cache", self.element, &[rows, sk, kv_heads, dv], written);
+                if !cached.one_cache {
+                    want("v_cache", self.element, &[rows, sk, kv_heads, dv], written);
+                }
                 if let Some(appended) = cached.appended {
                     let appended = i64::from(appended % 5);
                     want("k", self.element, &[b, appended, kv_heads, d], false);
