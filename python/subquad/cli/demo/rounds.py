@@ -67,8 +67,9 @@ def measure_rounds(
     runs: dict[str, list[Run]] = {name: [] for name in names}
     patch_report = None
     for name in names:
-        with variants[name](model):
-            run_once(model, prompt[:, :_WARM_UP_PROMPT], min(new_tokens, _WARM_UP_TOKENS))
+        with variants[name](model) as handle:
+            prefix, count = prompt[:, :_WARM_UP_PROMPT], min(new_tokens, _WARM_UP_TOKENS)
+            run_once(model, prefix, count, patched=handle is not None)
         stage.advance(f"{name}: warm")
     for index in range(MAX_ROUNDS):
         start = time.perf_counter()
@@ -76,7 +77,7 @@ def measure_rounds(
             break
         for name in names if index % 2 == 0 else reversed(names):
             with variants[name](model) as handle:
-                run = run_once(model, prompt, new_tokens)
+                run = run_once(model, prompt, new_tokens, patched=handle is not None)
                 if handle is not None:
                     patch_report = handle.report()
             runs[name].append(run)

@@ -63,23 +63,34 @@ def _choose(logits: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
     return best.indices[:, :1], best.values[0, 0] - best.values[0, 1]
 
 
-def run_once(model: Any, prompt: "torch.Tensor", new_tokens: int) -> Run:
+def _new_cache(model: Any, *, patched: bool) -> Any:
+    """Returns the cache that the model's `generate` would use."""
+    if patched:
+        from subquad.hf import GrowingCache
+
+        return GrowingCache(config=model.config)
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
+
+
+def run_once(model: Any, prompt: "torch.Tensor", new_tokens: int, *, patched: bool = False) -> Run:
     """Prefills the prompt and generates greedily; the end-of-sequence token does not stop it.
 
     Args:
         model: A causal language model of transformers, as it is to be measured.
         prompt: Token ids, `[1, S]`.
         new_tokens: How many tokens to generate, at least 1.
+        patched: Whether the model is patched by subquad.
 
     Returns:
         The measurements and the results.
     """
     import torch
-    from transformers import DynamicCache
 
     with torch.no_grad(), peak_memory() as peak:
         options = {
-            _cache_argument(model): DynamicCache(config=model.config),
+            _cache_argument(model): _new_cache(model, patched=patched),
             "use_cache": True,
             "logits_to_keep": 1,
         }

@@ -17,14 +17,17 @@ def timed_runs(monkeypatch, clock):
     lengths: list[tuple[int, int]] = []
     seconds = {"warm": 1.0, "measured": 10.0}
 
-    def run_once(_model, prompt, new_tokens):
+    patched_runs: list[bool] = []
+
+    def run_once(_model, prompt, new_tokens, *, patched):
+        patched_runs.append(patched)
         lengths.append((prompt.shape[1], new_tokens))
         clock.sleep(seconds["warm" if len(lengths) <= 2 else "measured"])
         return SimpleNamespace(prefill_seconds=2.0, decode_seconds=None)
 
     monkeypatch.setattr(rounds, "run_once", run_once)
     monkeypatch.setattr(rounds, "time", clock)
-    return SimpleNamespace(lengths=lengths, seconds=seconds)
+    return SimpleNamespace(lengths=lengths, seconds=seconds, patched=patched_runs)
 
 
 def measure(model, prompt, fake, recorder, *, budget=1e9, new_tokens=4):
@@ -51,6 +54,7 @@ def test_the_order_turns_from_round_to_round(model, prompt, fake, recorder, time
     measure(model, prompt, fake, recorder)
     a, b = BASELINE, CANDIDATE
     assert fake.log == [a, b, a, b, b, a, a, b]
+    assert timed_runs.patched == [name == CANDIDATE for name in fake.log]
 
 
 def test_the_warm_up_is_short(model, fake, recorder, timed_runs):
