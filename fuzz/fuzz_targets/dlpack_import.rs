@@ -63,6 +63,10 @@ fn is_affordable(arrays: &[Named]) -> bool {
 fn values(result: &Bound<'_, PyAny>, shape: &[i64], element: Element) -> PyResult<Vec<f64>> {
     assert_eq!(result.getattr("shape")?.extract::<Vec<i64>>()?, shape, "the shape");
     assert_eq!(result.getattr("dtype")?.getattr("name")?.extract::<String>()?, element.name(), "the type");
+    if shape.contains(&0) {
+        // NumPy multiplies the other extents, and has none for such an array of a wider type.
+        return Ok(Vec::new());
+    }
     result.call_method1("astype", ("float64",))?.call_method0("ravel")?.call_method0("tolist")?.extract()
 }
 

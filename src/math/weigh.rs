@@ -14,10 +14,10 @@ pub fn acc_stride<T: SimdElement, I: Isa>(head_dim_v: usize) -> usize {
 
 /// `acc[r] = alpha[r] * acc[r] + probs[r] . values` for `alpha.len()` rows, in the order of `load_rows_shuffled`.
 ///
-/// `values` holds whole operands; `probs` are operands, rows of `probs_stride`.
+/// `values` holds whole operands; `probs` are operands, rows of `probs_stride`. Values `ahead`, as many, are requested meanwhile.
 #[inline(always)]
 pub fn accumulate<T: SimdElement, I: Isa>(
-    values: &[&[T]],
+    (values, ahead): (&[&[T]], &[&[T]]),
     head_dim_v: usize,
     (probs, probs_stride): (&[T::Acc], usize),
     alpha: &[T::Acc],
@@ -31,9 +31,9 @@ pub fn accumulate<T: SimdElement, I: Isa>(
     while first < whole {
         // Two pairs of vectors by four rows are 16 accumulators; one pair where there are 16 registers in all.
         first += if I::REGISTERS >= 32 && first + 2 * width <= whole {
-            columns::<T, I, 2>(values, (first, first), probs, alpha, (acc, stride))
+            columns::<T, I, 2>((values, ahead), (first, first), probs, alpha, (acc, stride))
         } else {
-            columns::<T, I, 1>(values, (first, first), probs, alpha, (acc, stride))
+            columns::<T, I, 1>((values, ahead), (first, first), probs, alpha, (acc, stride))
         };
     }
     if whole < head_dim_v {
@@ -43,14 +43,15 @@ pub fn accumulate<T: SimdElement, I: Isa>(
             tail[..head_dim_v - whole].copy_from_slice(&value[whole..]);
             *row = tail;
         }
-        columns::<T, I, 1>(&rows[..values.len()], (0, whole), probs, alpha, (acc, stride));
+        let rows = &rows[..values.len()];
+        columns::<T, I, 1>((rows, rows), (0, whole), probs, alpha, (acc, stride));
     }
 }
 
 /// Handles `HALF` pairs of vectors of all rows; returns how many elements.
 #[inline(always)]
 fn columns<T: SimdElement, I: Isa, const HALF: usize>(
-    values: &[&[T]],
+    (values, ahead): (&[&[T]], &[&[T]]),
     (first, column): (usize, usize),
     (probs, probs_stride): (&[T::Acc], usize),
     alpha: &[T::Acc],
@@ -61,18 +62,34 @@ fn columns<T: SimdElement, I: Isa, const HALF: usize>(
         let probs = (&probs[row * probs_stride..], probs_stride);
         let acc = (&mut acc[row * stride + column..], stride);
         let alpha = &alpha[row..];
-        row += match alpha.len() {
-            4.. => tile::<T, I, 4, HALF>(values, first, probs, alpha, acc),
-            2.. => tile::<T, I, 2, HALF>(values, first, probs, alpha, acc),
-            _ => tile::<T, I, 1, HALF>(values, first, probs, alpha, acc),
+        row += if row == 0 {
+            some_rows::<T, I, HALF, true>((values, ahead), first, probs, alpha, acc)
+        } else {
+            some_rows::<T, I, HALF, false>((values, values), first, probs, alpha, acc)
         };
     }
     HALF * 2 * T::V::<I>::LANES
 }
 
+/// Handles some of `alpha.len()` rows; returns how many.
 #[inline(always)]
-fn tile<T: SimdElement, I: Isa, const ROWS: usize, const HALF: usize>(
-    values: &[&[T]],
+fn some_rows<T: SimdElement, I: Isa, const HALF: usize, const FETCH: bool>(
+    values: (&[&[T]], &[&[T]]),
+    first: usize,
+    probs: (&[T::Acc], usize),
+    alpha: &[T::Acc],
+    acc: (&mut [T::Acc], usize),
+) -> usize {
+    match alpha.len() {
+        4.. => tile::<T, I, 4, HALF, FETCH>(values, first, probs, alpha, acc),
+        2.. => tile::<T, I, 2, HALF, FETCH>(values, first, probs, alpha, acc),
+        _ => tile::<T, I, 1, HALF, FETCH>(values, first, probs, alpha, acc),
+    }
+}
+
+#[inline(always)]
+fn tile<T: SimdElement, I: Isa, const ROWS: usize, const HALF: usize, const FETCH: bool>(
+    (values, ahead): (&[&[T]], &[&[T]]),
     first: usize,
     (probs, probs_stride): (&[T::Acc], usize),
     alpha: &[T::Acc],
@@ -89,7 +106,7 @@ fn tile<T: SimdElement, I: Isa, const ROWS: usize, const HALF: usize>(
             }
         }
     }
-    let sums = weigh_tile::<T, T::Kernel<I>, ROWS, HALF>(values, first, rows, sums);
+    let sums = weigh_tile::<T, T::Kernel<I>, ROWS, HALF, FETCH>(values, ahead, first, rows, sums);
     for (r, row) in sums.iter().enumerate() {
         for (h, halves) in row.iter().enumerate() {
             for (half, sum) in halves.iter().enumerate() {

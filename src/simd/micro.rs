@@ -1,6 +1,6 @@
 //! The register tile: `M` broadcast operands times `N` vectors, accumulated over `depth` operands.
 
-use super::{SimdElement, Vector, VectorKernel};
+use super::{SimdElement, Vector, VectorKernel, prefetch::prefetch_line};
 
 /// `acc[i][v] + sum over d of a[i * a_row + d * a_step] . b[d * b_step ..][v]`, all sums in order of `d`.
 ///
@@ -45,14 +45,16 @@ pub fn tile<T: SimdElement, K: VectorKernel<T>, const M: usize, const N: usize>(
 
 /// Dot products of `KEYS` rows of inputs with `ROWS` rows of operands over whole vectors: lane-wise partial sums.
 ///
-/// Per step: `KEYS` loads from memory, `ROWS` operand loads and `KEYS * ROWS` multiply-accumulates.
+/// Per step: `KEYS` loads from memory, `ROWS` operand loads and `KEYS * ROWS` multiply-accumulates. With `FETCH`, every load of a
+/// key requests the same vector of a key `ahead`: evenly spread, requests keep the memory busy and never fill its queues.
 ///
 /// # Panics
 /// When a row is shorter than `vectors` vectors.
 #[inline(always)]
 #[expect(unsafe_code, reason = "bounds of all rows are asserted once, outside the loop")]
-pub fn dot_tile<T: SimdElement, K: VectorKernel<T>, const KEYS: usize, const ROWS: usize>(
+pub fn dot_tile<T: SimdElement, K: VectorKernel<T>, const KEYS: usize, const ROWS: usize, const FETCH: bool>(
     keys: [&[T]; KEYS],
+    ahead: [&[T]; KEYS],
     queries: [&[T::Acc]; ROWS],
     vectors: usize,
 ) -> [[K::V; KEYS]; ROWS] {
@@ -63,6 +65,9 @@ pub fn dot_tile<T: SimdElement, K: VectorKernel<T>, const KEYS: usize, const ROW
     for d in 0..vectors {
         for (i, key) in keys.iter().enumerate() {
             let width = lanes * K::DEPTH;
+            if FETCH {
+                prefetch_line(ahead[i].as_ptr().wrapping_add(d * width));
+            }
             // SAFETY: `d < vectors`, and the row holds that many vectors of `width` elements.
             let key = K::load_row(unsafe { std::slice::from_raw_parts(key.as_ptr().add(d * width), width) });
             for (query, sums) in queries.iter().zip(&mut sums) {
@@ -76,14 +81,15 @@ pub fn dot_tile<T: SimdElement, K: VectorKernel<T>, const KEYS: usize, const ROW
 }
 
 /// `acc[r][v] + sum over k of probs[r][k] . values[k][first..][v]`, `2 * HALF` vectors wide, in the order of
-/// [`VectorKernel::load_rows_shuffled`].
+/// [`VectorKernel::load_rows_shuffled`]. `FETCH` as in [`dot_tile`].
 ///
 /// # Panics
 /// When a row of values ends before the last vector, or `probs` has fewer than `values.len() / DEPTH` operands in a row.
 #[inline(always)]
 #[expect(unsafe_code, reason = "bounds of all rows are asserted before they are read")]
-pub fn weigh_tile<T: SimdElement, K: VectorKernel<T>, const ROWS: usize, const HALF: usize>(
+pub fn weigh_tile<T: SimdElement, K: VectorKernel<T>, const ROWS: usize, const HALF: usize, const FETCH: bool>(
     values: &[&[T]],
+    ahead: &[&[T]],
     first: usize,
     probs: [&[T::Acc]; ROWS],
     mut acc: [[[K::V; 2]; HALF]; ROWS],
@@ -93,8 +99,18 @@ pub fn weigh_tile<T: SimdElement, K: VectorKernel<T>, const ROWS: usize, const H
     let steps = values.len() / K::DEPTH;
     assert!(probs.iter().all(|row| row.len() >= steps), "weigh_tile: too few probabilities");
     assert!(values.iter().all(|row| row.len() >= end), "weigh_tile: a value is too short");
-    for (k, pair) in values.chunks_exact(K::DEPTH).enumerate() {
+    let ahead = if FETCH { &ahead[..values.len()] } else { values };
+    for (k, (pair, ahead)) in values.chunks_exact(K::DEPTH).zip(ahead.chunks_exact(K::DEPTH)).enumerate() {
         for h in 0..HALF {
+            if FETCH {
+                for row in ahead {
+                    let row = row.as_ptr().wrapping_add(first + h * width);
+                    prefetch_line(row);
+                    if width * size_of::<T>() > 64 {
+                        prefetch_line(row.wrapping_add(width / 2));
+                    }
+                }
+            }
             // SAFETY: `first + (h + 1) * width <= end`, which every row reaches.
             let rows = [pair[0], pair[K::DEPTH - 1]]
                 .map(|row| unsafe { std::slice::from_raw_parts(row.as_ptr().add(first + h * width), width) });

@@ -2,16 +2,22 @@
 
 const LINE: usize = 64;
 
+/// Starts bringing the cache line of an address into L2. The address need not be valid.
+#[inline(always)]
+#[expect(unsafe_code, reason = "an intrinsic without a safe form")]
+pub fn prefetch_line<T>(address: *const T) {
+    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+    // SAFETY: a prefetch is a hint that never faults, and every x86-64 has it.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) };
+}
+
 /// Starts bringing the cache lines of `data` into L2.
 ///
 /// Rows of one head lie apart by all heads: hardware prefetchers, which stop at the end of a page, do not see them coming.
 #[inline(always)]
-#[expect(unsafe_code, reason = "an intrinsic without a safe form")]
 pub fn prefetch<T>(data: &[T]) {
-    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-    let start = data.as_ptr().cast::<i8>();
+    let start = data.as_ptr().cast::<u8>();
     for at in (0..size_of_val(data)).step_by(LINE) {
-        // SAFETY: a prefetch is a hint that never faults, and every x86-64 has it.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(start.wrapping_add(at)) };
+        prefetch_line(start.wrapping_add(at));
     }
 }

@@ -17,7 +17,7 @@ use crate::math::load::load_row;
 use crate::math::online_softmax::{log_sum_exp, row_probabilities, scale_base2};
 use crate::math::weigh::{self, MAX_KEYS, acc_stride};
 use crate::parallel::{RowWriter, for_each_tile};
-use crate::simd::{Isa, Level, SimdElement, Task, Vector, VectorKernel, prefetch};
+use crate::simd::{Isa, Level, SimdElement, Task, Vector, VectorKernel};
 use crate::tensor::MAX_HEAD_DIM;
 use crate::workspace::{Scratch, padded};
 use std::ops::Range;
@@ -107,7 +107,7 @@ impl<T: SimdElement> Task for Decode<'_, T> {
             }
         }
         acc.fill(T::Acc::ZERO);
-        let mut state = Running { m: [T::Acc::NEG_INFINITY; MAX_ROWS], l: [T::Acc::ZERO; MAX_ROWS] };
+        let mut state = Running { m: [T::Acc::NEG_INFINITY; MAX_ROWS], l: [T::Acc::ZERO; MAX_ROWS], acc };
         let zeros = [T::zeroed(); MAX_HEAD_DIM];
         let zeros = &zeros[..shape.head_dim_v];
         let mut rows = [BlockRows { keys: [&[]; MAX_KEYS], values: [zeros; MAX_KEYS] }; 2];
@@ -117,20 +117,18 @@ impl<T: SimdElement> Task for Decode<'_, T> {
         while !block.is_empty() {
             let next = block.end..piece.keys.end.min(block.end + MAX_KEYS);
             self.find(&piece, &next, &mut rows[1 - turn]);
-            for (key, value) in rows[1 - turn].keys.iter().zip(&rows[1 - turn].values).take(next.len()) {
-                prefetch(key);
-                prefetch(value);
-            }
-            let current = &mut rows[turn];
+            let (first, second) = rows.split_at_mut(1);
+            let (current, ahead) = if turn == 0 { (&mut first[0], &second[0]) } else { (&mut second[0], &first[0]) };
             let operands = (&*queries, query_stride);
-            let keys = &current.keys[..block.len()];
+            let keys = (&current.keys[..block.len()], &ahead.keys[..block.len()]);
             dot::scores::<T, I>(keys, operands, shape.head_dim, piece.rows, (scores, MAX_KEYS));
-            self.weigh::<I>(&piece, &block, (&mut current.values, zeros), scores, &mut state, acc);
+            let values = (&mut current.values, &ahead.values);
+            self.weigh::<I>(&piece, &block, values, zeros, scores, &mut state);
             block = next;
             turn = 1 - turn;
         }
         for r in 0..piece.rows {
-            let acc = &acc[r * stride..(r + 1) * stride];
+            let acc = &state.acc[r * stride..(r + 1) * stride];
             match &self.partials {
                 Some(partials) if piece.partial => {
                     let row = partials.row(0, index, r);
@@ -147,9 +145,11 @@ impl<T: SimdElement> Task for Decode<'_, T> {
 }
 
 /// The running softmax of every row, in base 2.
-struct Running<A> {
+struct Running<'s, A> {
     m: [A; MAX_ROWS],
     l: [A; MAX_ROWS],
+    /// `[rows, acc_stride]`.
+    acc: &'s mut [A],
 }
 
 impl<'a, T: SimdElement> Decode<'a, T> {
@@ -175,10 +175,10 @@ impl<'a, T: SimdElement> Decode<'a, T> {
         &self,
         piece: &Piece,
         block: &Range<usize>,
-        (values, zeros): (&mut [&'a [T]; MAX_KEYS], &'a [T]),
+        (values, ahead): (&mut [&'a [T]; MAX_KEYS], &[&'a [T]; MAX_KEYS]),
+        zeros: &'a [T],
         scores: &mut [T::Acc],
-        state: &mut Running<T::Acc>,
-        acc: &mut [T::Acc],
+        state: &mut Running<'_, T::Acc>,
     ) {
         let depth = T::Kernel::<I>::DEPTH;
         let head_dim_v = self.args.shape.head_dim_v;
@@ -208,7 +208,8 @@ impl<'a, T: SimdElement> Decode<'a, T> {
                 fold::<T, I>(scores, whole);
             }
             let probs = (&*scores, MAX_KEYS);
-            weigh::accumulate::<T, I>(&values[..whole], head_dim_v, probs, &alphas[..piece.rows], acc);
+            let values = (&values[..whole], &ahead[..whole]);
+            weigh::accumulate::<T, I>(values, head_dim_v, probs, &alphas[..piece.rows], state.acc);
             return;
         }
         // A hidden key's probability is 0, but 0 times an infinite or NaN value would not be: each row takes what it sees.
@@ -225,8 +226,9 @@ impl<'a, T: SimdElement> Decode<'a, T> {
             scores[count..].fill(T::Acc::ZERO);
             let whole = count.next_multiple_of(depth);
             fold::<T, I>(scores, whole);
-            let acc = &mut acc[r * stride..];
-            weigh::accumulate::<T, I>(&kept[..whole], head_dim_v, (scores, MAX_KEYS), &alphas[r..=r], acc);
+            let acc = &mut state.acc[r * stride..];
+            let kept = &kept[..whole];
+            weigh::accumulate::<T, I>((kept, kept), head_dim_v, (scores, MAX_KEYS), &alphas[r..=r], acc);
         }
     }
 }
