@@ -35,6 +35,7 @@ test-rust: ## Rust tests, with overflow and bounds assertions
 test-debug: install-dev ## the kernels' Python tests once against a build with assertions
 	$(BIN)/maturin develop --profile checked
 	$(PYTEST) $(KERNEL_TESTS)
+	$(BIN)/maturin develop --release
 
 test-python: install-dev ## Python tests: all, then the kernels' at every level, on one thread, and with tiny blocks
 	$(PYTEST) tests/python
