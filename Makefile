@@ -30,7 +30,7 @@ test: test-rust test-debug test-python ## run all tests
 
 test-rust: ## Rust tests, with overflow and bounds assertions
 	cargo test --quiet
-	cargo bench --quiet --bench exact -- --test
+	cargo test --quiet --bench exact
 
 test-debug: install-dev ## the kernels' Python tests once against a build with assertions
 	$(BIN)/maturin develop --profile checked

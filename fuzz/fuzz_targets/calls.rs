@@ -329,6 +329,11 @@ impl Input {
         !self.has_wrong_argument() && one_library && sound && call && self.element != Element::Bool
     }
 
+    /// Whether the call is one to `attention_with_kvcache`.
+    pub fn is_cached(&self) -> bool {
+        matches!(self.call, Call::Cached(_))
+    }
+
     /// Whether results lie within the range of the values.
     pub fn is_tame(&self) -> bool {
         match self.scale {

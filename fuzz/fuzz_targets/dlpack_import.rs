@@ -41,7 +41,7 @@ unsafe extern "C" {
 }
 
 /// Whether a call would finish soon, or must not start.
-fn is_affordable(arrays: &[Named]) -> bool {
+fn is_affordable(input: &Input, arrays: &[Named]) -> bool {
     let broken = arrays.iter().any(|named| matches!(named.array.verdict, Verdict::Broken(_)));
     // Arrays whose last axis has another stride than 1 are copied, repeated elements and all.
     let small = arrays.iter().all(|named| {
@@ -55,7 +55,8 @@ fn is_affordable(arrays: &[Named]) -> bool {
         let extents = shapes().filter_map(|shape| shape.len().checked_sub(axis + 1).map(|axis| shape[axis]));
         work = work.saturating_mul(extents.max().unwrap_or(1).max(1).into());
     }
-    let no_rows = shapes().next().and_then(<[i64]>::split_last).is_some_and(|(_, rows)| rows.contains(&0));
+    // Lengths of sequences are kept even where there is no query.
+    let no_rows = !input.is_cached() && shapes().next().and_then(<[i64]>::split_last).is_some_and(|(_, rows)| rows.contains(&0));
     broken || small && (no_rows || work <= MOST_WORK)
 }
 
@@ -132,7 +133,7 @@ fn check_error(input: &Input, arrays: &[Named], error: &PyErr, py: Python<'_>) {
 
 fn run(py: Python<'_>, input: &Input) -> PyResult<Corpus> {
     let Some(arrays) = input.arrays() else { return Ok(Corpus::Reject) };
-    if !is_affordable(&arrays) {
+    if !is_affordable(input, &arrays) {
         return Ok(Corpus::Reject);
     }
     match input.call(py, &arrays)? {
