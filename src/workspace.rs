@@ -33,7 +33,9 @@ impl Scratch {
         let mut lines = ARENAS.with_borrow_mut(|arenas| arenas.pop().unwrap_or_default());
         let needed = len.div_ceil(size_of::<Line>() / size_of::<T>());
         if lines.len() < needed {
-            lines.resize(needed, Line::zeroed());
+            // Growing would keep what is of no use until it is copied.
+            drop(lines);
+            lines = vec![Line::zeroed(); needed];
         }
         Self { lines }
     }
