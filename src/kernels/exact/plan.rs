@@ -16,7 +16,7 @@ pub struct Blocking {
 
 /// Scratch of one task stays below this: what is streamed once per block of keys may lie beyond L2, the packed block itself and
 /// the panel at work fit, and a thread stays within its memory budget.
-const SCRATCH_BYTES: usize = 1200 * 1024;
+const SCRATCH_BYTES: usize = 1 << 20;
 /// Scores of one panel and block stay below this, so that they are found in L1.
 const SCORE_BYTES: usize = 18 * 1024;
 /// Tasks that one thread's share of the last heads is cut into, to even out what differs between threads.

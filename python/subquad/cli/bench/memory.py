@@ -6,6 +6,7 @@ threads and the pages of code that the call touches for the first time.
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -41,8 +42,11 @@ def plan(settings: Settings) -> list[Case]:
 
 def _measure(shape: MemoryShape, dtype: str, threads: int) -> tuple[int | None, str, str]:
     request = json.dumps({"shape": asdict(shape), "dtype": dtype, "threads": threads})
+    # NumPy's huge pages would fill up around the arrays while the call runs, and count as its memory.
+    environment = {**os.environ, "NUMPY_MADVISE_HUGEPAGE": "0"}
+    command = [sys.executable, "-m", _CHILD]
     done = subprocess.run(
-        [sys.executable, "-m", _CHILD], input=request, capture_output=True, text=True, check=False
+        command, input=request, capture_output=True, text=True, check=False, env=environment
     )
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
