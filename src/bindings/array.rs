@@ -244,10 +244,8 @@ fn numpy_array<'py>(arg: &'static str, object: &Bound<'py, PyAny>, array: &Bound
         (b'f', 4) => ElementType::Float(DType::F32),
         (b'f', 8) => ElementType::Float(DType::F64),
         (b'b', 1) => ElementType::Bool,
-        _ => match dtype.to_string() {
-            name if name == "bfloat16" => ElementType::Float(DType::BF16),
-            name => ElementType::Other(name),
-        },
+        (_, 2) if dtype.typeobj().name().is_ok_and(|name| name == "bfloat16") => ElementType::Float(DType::BF16),
+        _ => ElementType::Other(dtype.to_string()),
     };
     let itemsize = dtype.itemsize();
     let shape = array.shape().to_vec();

@@ -1,8 +1,8 @@
 """Benchmark of memory: what one long call uses beyond its inputs and outputs.
 
-Each case runs in a process of its own that has made no call before, so that scratch which is kept from call
-to call counts too. The figure is the peak of the whole process, hence an upper bound: it includes the pool's
-threads and the pages of code that the call touches for the first time.
+Each case runs in a process of its own that has only called for one token before, so that scratch which is
+kept from call to call counts too. The figure is the peak of the whole process, hence an upper bound: it
+includes the pool's threads and the pages of code that the call touches for the first time.
 """
 
 import json
