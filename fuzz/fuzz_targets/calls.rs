@@ -374,14 +374,13 @@ impl Input {
                 let (mut q, sq, _) = split(shape_of("query")?)?;
                 let (mut k, ..) = split(shape_of("key")?)?;
                 let (mut v, _, dv) = split(shape_of("value")?)?;
-                if *gqa && q.last() != k.last() {
+                let outer = [&mut q, &mut k, &mut v];
+                if *gqa && outer.iter().any(|outer| !outer.is_empty()) {
                     // Heads are shared, not broadcast, and those of the query are what comes out.
-                    let heads = q.last().copied().unwrap_or(1);
-                    for outer in [&mut q, &mut k, &mut v] {
-                        if outer.is_empty() {
-                            outer.push(1);
-                        }
-                        *outer.last_mut().expect("it has one now") = heads;
+                    let heads = outer[0].last().copied().unwrap_or(1);
+                    for outer in outer {
+                        outer.pop();
+                        outer.push(heads);
                     }
                 }
                 let mut shape = broadcast([&q, &k, &v])?;

@@ -320,7 +320,8 @@ def test_pieces_agree(causal, dtype, call, draw):
     default = [bits(x) for x in call(q, k, v, **settings)]
     assert [bits(x) for x in results[0]] == default
     assert [bits(x) for x in results[None]] == default
-    assert bits(results[2][0]) != bits(results[1][0])
+    # Half types may round the difference away, the log-sum-exp does not.
+    assert [bits(x) for x in results[2]] != [bits(x) for x in results[1]]
     for many in (10**6, 2**62):
         check(call(q, k, v, num_splits=many, **settings), q, k, v, ranges, causal=causal)
 
