@@ -4,6 +4,7 @@ use super::dlpack::Memory;
 use super::torch;
 use crate::dtype::DType;
 use crate::error::Error;
+use crate::tensor::{extent, shape_text};
 use dlpark::ffi::{DLDataType, DLDataTypeCode, DLDeviceType, DLTensor};
 use dlpark::python::consumer::exchange::ExchangeApi;
 use dlpark::python::{ImportedDlpack, from_dlpack};
@@ -207,10 +208,10 @@ impl<'py> Array<'py> {
 
     /// Whether elements follow each other in order.
     pub fn is_contiguous(&self) -> bool {
-        let mut next = 1;
+        let mut next = 1usize;
         self.memory.shape.iter().zip(&self.memory.strides).rev().all(|(&n, &stride)| {
             let fits = n <= 1 || stride == next;
-            next *= n;
+            next = next.saturating_mul(n);
             fits
         })
     }
@@ -316,10 +317,9 @@ fn dlpack_array<'py>(arg: &'static str, object: &Bound<'py, PyAny>, kind: Kind) 
     let source = if kind == Kind::Torch { object.call_method0("detach")? } else { object.clone() };
     let export = match from_dlpack(source.as_borrowed(), None, None) {
         Err(error) if kind == Kind::DLPack && error.is_instance_of::<PyTypeError>(object.py()) => {
-            // The exporter knows an older form of the protocol, which NumPy speaks.
-            let view = object.py().import("numpy")?.call_method1("from_dlpack", (object,)).map_err(refused)?;
-            let array = view.cast::<PyUntypedArray>().map_err(PyErr::from)?;
-            return Ok(numpy_array(arg, &view, array).map(|array| Array { kind, ..array }).ok_or(kind));
+            // The exporter knows the protocol's first form, which has no versions.
+            let capsule = object.call_method0("__dlpack__").map_err(refused)?;
+            from_dlpack(capsule.as_borrowed(), None, None).map_err(refused)?
         }
         export => export.map_err(refused)?,
     };
@@ -347,21 +347,20 @@ impl Parts {
         if tensor.device.device_type != DLDeviceType::CPU {
             return Err(Error::Device { arg, got: format!("DLPack device type {}", tensor.device.device_type.0) });
         }
-        let pointer = tensor.data.cast::<u8>().wrapping_add(tensor.byte_offset as usize).cast();
-        Self::new(arg, tensor.dtype, pointer, &shape, strides.as_deref())
+        Self::new(arg, tensor.dtype, (tensor.data, tensor.byte_offset), &shape, strides.as_deref())
     }
 
     fn of_reference(arg: &'static str, tensor: &TensorRef<'_>) -> Result<Self, Error> {
         if tensor.device().device_type != DLDeviceType::CPU {
             return Err(Error::Device { arg, got: format!("DLPack device type {}", tensor.device().device_type.0) });
         }
-        Self::new(arg, tensor.dtype(), tensor.data_ptr().cast_mut(), tensor.shape(), tensor.strides())
+        Self::new(arg, tensor.dtype(), (tensor.data_ptr().cast_mut(), tensor.byte_offset()), tensor.shape(), tensor.strides())
     }
 
     fn new(
         arg: &'static str,
         dtype: DLDataType,
-        pointer: *mut std::ffi::c_void,
+        (data, byte_offset): (*mut std::ffi::c_void, u64),
         shape: &[i64],
         strides: Option<&[i64]>,
     ) -> Result<Self, Error> {
@@ -384,6 +383,22 @@ impl Parts {
         let mut contiguous = vec![1usize; shape.len()];
         for axis in (1..shape.len()).rev() {
             contiguous[axis - 1] = contiguous[axis].saturating_mul(shape[axis]);
+        }
+        let pointer = data.cast::<u8>().wrapping_add(byte_offset as usize).cast();
+        if !empty {
+            // Here and not where elements are used: NumPy, which makes copies, believes what it is told.
+            if data.is_null() {
+                return Err(Error::Kind { arg, expected: "an array with data".into(), got: "a null pointer".into() });
+            }
+            let steps: Vec<usize> = match strides {
+                None => contiguous.clone(),
+                Some(strides) => strides.iter().map(|stride| stride.unsigned_abs() as usize).collect(),
+            };
+            let bytes = extent(arg, &shape, &steps)?.checked_mul(itemsize);
+            if bytes.is_none_or(|bytes| isize::try_from(bytes).is_err()) {
+                let got = format!("shape {} with strides {steps:?}", shape_text(&shape));
+                return Err(Error::Overflow { arg, got });
+            }
         }
         let strides: Option<Vec<usize>> = match strides {
             None => Some(contiguous),

@@ -54,13 +54,13 @@ pub fn bias<'a, T: Element>(array: Option<&Array<'_>>, target: &[usize], leading
         expected: format!("one that broadcasts to {}", shape_text(target)),
         got: shape_text(array.shape()),
     })?;
-    if target.contains(&0) {
-        return Ok(Bias::None);
-    }
+    let empty = target.contains(&0);
     let outer = target.len() - 4;
     let offset: usize = leading.iter().chain([&0, &head]).zip(&strides).map(|(i, stride)| i * stride).sum();
     let strides: [usize; 4] = std::array::from_fn(|axis| strides[outer + axis]);
     match &array.element {
+        ElementType::Float(dtype) if empty && [T::DTYPE, DType::F32].contains(dtype) => Ok(Bias::None),
+        ElementType::Bool if empty => Ok(Bias::None),
         ElementType::Bool => Ok(Bias::Bool(BiasView { data: &array.memory.slice(arg)?[offset..], strides })),
         ElementType::Float(dtype) if *dtype == T::DTYPE => {
             Ok(Bias::Input(BiasView { data: &array.memory.slice(arg)?[offset..], strides }))

@@ -188,6 +188,9 @@ fn check_rotary(cos: &Array<'_>, sin: &Array<'_>, q: &Array<'_>, width: usize, p
     Ok(())
 }
 
+/// Most sequences of a call. Arrays of no elements can have any number, and lengths are kept for each.
+const MAX_SEQUENCES: usize = 1 << 24;
+
 /// What says where the keys of each sequence lie.
 #[derive(Clone, Copy)]
 struct LayoutOptions<'a, 'py> {
@@ -204,6 +207,9 @@ fn key_layout(
     cache: &View<'_>,
     appended: Option<usize>,
 ) -> PyResult<(KeyLayout, Vec<usize>)> {
+    if batch > MAX_SEQUENCES {
+        return Err(Error::Overflow { arg: "q", got: format!("{batch} sequences") }.into());
+    }
     let LayoutOptions { cache_seqlens, cache_batch_idx, cache_leftpad, block_table } = options;
     let [rows, tokens, ..] = cache.shape;
     let pages = match block_table {

@@ -226,7 +226,9 @@ impl<T: SimdElement, I: Isa> TileKernel<T> for VectorTiles<I> {
     ) {
         let depth = head_dim.div_ceil(T::Kernel::<I>::DEPTH);
         let skip = vectors.start * T::V::<I>::LANES;
-        let (queries, scores, peaks) = (&queries[skip..], &mut scores[skip..], &mut peaks[skip..]);
+        // Rows without an element have no packed form to skip into.
+        let queries = queries.get(skip..).unwrap_or_default();
+        let (scores, peaks) = (&mut scores[skip..], &mut peaks[skip..]);
         match (Self::STEP, vectors.len()) {
             (8, 3) => score_tiles::<T, I, 8, 3>(queries, packed_keys, depth, keys, scores, peaks),
             (8, 2) => score_tiles::<T, I, 8, 2>(queries, packed_keys, depth, keys, scores, peaks),
@@ -252,7 +254,7 @@ impl<T: SimdElement, I: Isa> TileKernel<T> for VectorTiles<I> {
         let probs = &probs[first * <Self as TileKernel<T>>::PANEL + skip..];
         let values = &packed_values[first * Self::stride::<T>(head_dim_v)..];
         let count = keys.end.div_ceil(depth) - first;
-        let (alpha, acc) = (alpha.map(|alpha| &alpha[skip..]), &mut acc[skip..]);
+        let (alpha, acc) = (alpha.map(|alpha| &alpha[skip..]), acc.get_mut(skip..).unwrap_or_default());
         match (Self::STEP, vectors.len()) {
             (8, 3) => value_tiles::<T, I, 8, 3>(probs, values, head_dim_v, count, alpha, acc),
             (8, 2) => value_tiles::<T, I, 8, 2>(probs, values, head_dim_v, count, alpha, acc),
