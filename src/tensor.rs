@@ -48,6 +48,13 @@ impl<'a, T> Tensor<'a, T> {
         &self.data[start..start + self.shape[3]]
     }
 
+    /// The elements from one row on, and how many lie from each token to the next.
+    #[inline(always)]
+    pub fn rows_from(&self, batch: usize, token: usize, head: usize) -> (&'a [T], usize) {
+        let start = batch * self.strides[0] + token * self.strides[1] + head * self.strides[2];
+        (&self.data[start..], self.strides[1])
+    }
+
     /// The same array for `ndarray`.
     ///
     /// # Panics

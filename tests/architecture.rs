@@ -50,7 +50,7 @@ fn intrinsics_live_in_simd() {
 
 #[test]
 fn rayon_lives_in_parallel() {
-    lives_in("rayon::", |path| path == "parallel.rs");
+    lives_in("rayon::", |path| path == "parallel/pool.rs");
 }
 
 #[test]
@@ -59,9 +59,10 @@ fn pyo3_lives_in_bindings() {
 }
 
 #[test]
-fn unsafe_lives_in_three_places() {
-    lives_in("unsafe {", |path| path.starts_with("simd/") || ["bindings/dlpack.rs", "parallel.rs"].contains(&path));
-    lives_in("unsafe impl", |path| path == "parallel.rs");
+fn unsafe_lives_in_four_places() {
+    let homes = ["bindings/dlpack.rs", "parallel/openmp.rs", "parallel/rows.rs"];
+    lives_in("unsafe {", |path| path.starts_with("simd/") || homes.contains(&path));
+    lives_in("unsafe impl", |path| path == "parallel/rows.rs");
 }
 
 /// Modules from the lowest layer up; those of one entry are equals.

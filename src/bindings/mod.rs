@@ -9,6 +9,7 @@ mod errors;
 mod integers;
 mod kvcache;
 mod merge;
+mod probes;
 mod result;
 mod runtime;
 mod sdpa;
@@ -27,7 +28,7 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(runtime::set_num_threads, module)?)?;
     module.add_function(wrap_pyfunction!(runtime::get_num_threads, module)?)?;
     module.add_function(wrap_pyfunction!(runtime::config, module)?)?;
-    module.add_function(wrap_pyfunction!(runtime::probe_peak, module)?)?;
-    module.add_function(wrap_pyfunction!(runtime::probe_read_bandwidth, module)?)?;
+    module.add_function(wrap_pyfunction!(probes::probe_peak, module)?)?;
+    module.add_function(wrap_pyfunction!(probes::probe_read, module)?)?;
     Ok(())
 }

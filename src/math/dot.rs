@@ -1,17 +1,18 @@
 //! Scores of few queries: dot products along the contiguous axis, reduced across lanes sixteen at a time.
 
 use super::load::{MAX_LANES, load_row};
-use crate::simd::{Isa, SimdElement, Vector, VectorKernel, dot_tile};
+use crate::dtype::Float;
+use crate::simd::{Isa, RowBlock, SimdElement, Vector, VectorKernel, dot_tile};
 
-/// Writes the products of every row of queries with every key: `scores[r * scores_stride + j]`.
+/// Writes the products of every row of queries with the first `count` keys: `scores[r * scores_stride + j]`.
 ///
-/// `queries` are operands (see [`crate::simd::VectorKernel`]), `rows` rows of `queries_stride`, zero beyond `head_dim`. Up to a
-/// vector's lanes beyond the last key are scratch. Keys `ahead`, as many, are requested meanwhile.
+/// `queries` are operands (see [`crate::simd::VectorKernel`]), `rows` rows of `queries_stride`, zero beyond the width of the keys.
+/// Up to a vector's lanes beyond the last key are scratch. Keys `ahead` are requested meanwhile.
 #[inline(always)]
 pub fn scores<T: SimdElement, I: Isa>(
-    (keys, ahead): (&[&[T]], &[&[T]]),
+    keys: (&RowBlock<'_, T>, &RowBlock<'_, T>),
+    count: usize,
     (queries, queries_stride): (&[T::Acc], usize),
-    head_dim: usize,
     rows: usize,
     (scores, scores_stride): (&mut [T::Acc], usize),
 ) {
@@ -21,9 +22,9 @@ pub fn scores<T: SimdElement, I: Isa>(
         let scores = (&mut scores[row * scores_stride..], scores_stride);
         // The products of a tile fill the lanes of one vector, and with them 16 accumulators of 32 registers or 8 of 16.
         row += if row == 0 {
-            some_rows::<T, I, true>((keys, ahead), queries, head_dim, rows, scores)
+            some_rows::<T, I, true>(keys, count, queries, rows, scores)
         } else {
-            some_rows::<T, I, false>((keys, keys), queries, head_dim, rows - row, scores)
+            some_rows::<T, I, false>(keys, count, queries, rows - row, scores)
         };
     }
 }
@@ -31,20 +32,20 @@ pub fn scores<T: SimdElement, I: Isa>(
 /// Scores some of `rows` rows; returns how many.
 #[inline(always)]
 fn some_rows<T: SimdElement, I: Isa, const FETCH: bool>(
-    keys: (&[&[T]], &[&[T]]),
+    keys: (&RowBlock<'_, T>, &RowBlock<'_, T>),
+    count: usize,
     queries: (&[T::Acc], usize),
-    head_dim: usize,
     rows: usize,
     scores: (&mut [T::Acc], usize),
 ) -> usize {
     match (T::V::<I>::LANES, rows) {
-        (16, 4..) => tiles::<T, I, 4, 4, FETCH>(keys, queries, head_dim, scores),
-        (16, 2..) => tiles::<T, I, 8, 2, FETCH>(keys, queries, head_dim, scores),
-        (16, _) => tiles::<T, I, 16, 1, FETCH>(keys, queries, head_dim, scores),
-        (8, 2..) => tiles::<T, I, 4, 2, FETCH>(keys, queries, head_dim, scores),
-        (8, _) => tiles::<T, I, 8, 1, FETCH>(keys, queries, head_dim, scores),
-        (4, 2..) => tiles::<T, I, 2, 2, FETCH>(keys, queries, head_dim, scores),
-        (4, _) => tiles::<T, I, 4, 1, FETCH>(keys, queries, head_dim, scores),
+        (16, 4..) => tiles::<T, I, 4, 4, FETCH>(keys, count, queries, scores),
+        (16, 2..) => tiles::<T, I, 8, 2, FETCH>(keys, count, queries, scores),
+        (16, _) => tiles::<T, I, 16, 1, FETCH>(keys, count, queries, scores),
+        (8, 2..) => tiles::<T, I, 4, 2, FETCH>(keys, count, queries, scores),
+        (8, _) => tiles::<T, I, 8, 1, FETCH>(keys, count, queries, scores),
+        (4, 2..) => tiles::<T, I, 2, 2, FETCH>(keys, count, queries, scores),
+        (4, _) => tiles::<T, I, 4, 1, FETCH>(keys, count, queries, scores),
         (lanes, _) => unreachable!("{lanes} lanes"),
     }
 }
@@ -52,44 +53,59 @@ fn some_rows<T: SimdElement, I: Isa, const FETCH: bool>(
 /// Scores `ROWS` rows; returns how many.
 #[inline(always)]
 fn tiles<T: SimdElement, I: Isa, const KEYS: usize, const ROWS: usize, const FETCH: bool>(
-    (keys, ahead): (&[&[T]], &[&[T]]),
+    keys: (&RowBlock<'_, T>, &RowBlock<'_, T>),
+    count: usize,
     (queries, queries_stride): (&[T::Acc], usize),
-    head_dim: usize,
     (scores, scores_stride): (&mut [T::Acc], usize),
 ) -> usize {
     let lanes = T::V::<I>::LANES;
     let width = lanes * T::Kernel::<I>::DEPTH;
-    let vectors = head_dim / width;
+    let vectors = keys.0.width() / width;
     let mut query_rows: [&[T::Acc]; ROWS] = [&[]; ROWS];
     for (r, row) in query_rows.iter_mut().enumerate() {
         *row = &queries[r * queries_stride..(r + 1) * queries_stride];
     }
-    for j in (0..keys.len()).step_by(KEYS) {
-        let (mut tile, mut next): ([&[T]; KEYS], [&[T]; KEYS]) = ([&[]; KEYS], [&[]; KEYS]);
-        for i in 0..KEYS {
-            let last = (j + i).min(keys.len() - 1);
-            (tile[i], next[i]) = (keys[last], ahead[last]);
-        }
-        let mut sums = dot_tile::<T, T::Kernel<I>, KEYS, ROWS, FETCH>(tile, next, query_rows, vectors);
-        if vectors * width < head_dim {
-            for (i, key) in tile.iter().enumerate() {
-                let key = load_row::<T, I>(&key[vectors * width..]);
-                for (query, sums) in query_rows.iter().zip(&mut sums) {
-                    sums[i] = T::Kernel::<I>::mul_acc(key, T::V::<I>::load(&query[vectors * lanes..]), sums[i]);
-                }
-            }
-        }
-        let mut block = T::V::<I>::zero_block();
-        for (r, row) in sums.iter().enumerate() {
-            for (i, &sum) in row.iter().enumerate() {
-                block.as_mut()[r * KEYS + i] = sum;
-            }
-        }
-        let mut products = [<T::Acc as crate::dtype::Float>::ZERO; MAX_LANES];
-        T::V::<I>::sum_rows(block).store(&mut products);
+    for j in (0..count).step_by(KEYS) {
+        let sums = dot_tile::<T, T::Kernel<I>, KEYS, ROWS, FETCH>(keys, j, query_rows, vectors);
+        let products = sum_lanes::<T, I, KEYS, ROWS>(&sums);
         for r in 0..ROWS {
             scores[r * scores_stride + j..][..KEYS].copy_from_slice(&products[r * KEYS..][..KEYS]);
         }
     }
+    // A pass of its own: within the loop, its calls would drive the sums of the tile out of the registers.
+    if vectors * width < keys.0.width() {
+        let queries = query_rows.map(|row| T::V::<I>::load(&row[vectors * lanes..]));
+        for j in (0..count).step_by(KEYS) {
+            let mut sums = [[T::V::<I>::splat(T::Acc::ZERO); KEYS]; ROWS];
+            for i in 0..KEYS {
+                let key = load_row::<T, I>(&keys.0.row(j + i)[vectors * width..]);
+                for (&query, sums) in queries.iter().zip(&mut sums) {
+                    sums[i] = T::Kernel::<I>::mul_acc(key, query, sums[i]);
+                }
+            }
+            let products = sum_lanes::<T, I, KEYS, ROWS>(&sums);
+            for r in 0..ROWS {
+                for (score, &product) in scores[r * scores_stride + j..][..KEYS].iter_mut().zip(&products[r * KEYS..]) {
+                    *score = T::Acc::from_f64(score.to_f64() + product.to_f64());
+                }
+            }
+        }
+    }
     ROWS
+}
+
+/// The sum over the lanes of each of `ROWS` rows of `KEYS` vectors, row by row.
+#[inline(always)]
+fn sum_lanes<T: SimdElement, I: Isa, const KEYS: usize, const ROWS: usize>(
+    sums: &[[T::V<I>; KEYS]; ROWS],
+) -> [T::Acc; MAX_LANES] {
+    let mut block = T::V::<I>::zero_block();
+    for (r, row) in sums.iter().enumerate() {
+        for (i, &sum) in row.iter().enumerate() {
+            block.as_mut()[r * KEYS + i] = sum;
+        }
+    }
+    let mut products = [T::Acc::ZERO; MAX_LANES];
+    T::V::<I>::sum_rows(block).store(&mut products);
+    products
 }

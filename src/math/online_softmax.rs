@@ -4,9 +4,8 @@
 
 use super::exp::exp2;
 use super::load::MAX_LANES;
-use super::weigh::MAX_KEYS;
 use crate::dtype::Float;
-use crate::simd::{Isa, SimdElement, Vector, VectorKernel};
+use crate::simd::{BLOCK_ROWS, Isa, SimdElement, Vector, VectorKernel};
 use std::ops::Range;
 
 /// Rows of scores of one vector of queries; row `j` is at `j * stride`.
@@ -93,25 +92,15 @@ pub fn finite_bias<T: SimdElement, I: Isa>(bias: T::V<I>) -> T::V<I> {
     T::V::<I>::splat(T::Acc::LOWEST).max(bias.mul(base2))
 }
 
-/// What one block did to a row.
-pub struct RowStep<A> {
-    /// The factor that old sums shrink by.
-    pub alpha: A,
-    /// Whether a key of the block is hidden from the row: its probability is then `-0`.
-    pub hides: bool,
-}
-
-/// One row's online softmax, keys in the lanes: turns the scores of a block of `keys.0` keys into probabilities, in place, 0 beyond
-/// them, and updates maximum and sum. The row sees the keys `keys.1`, less those whose bias is `-inf`.
+/// Scales and masks one row of scores in place, keys in the lanes, `-inf` where a key of `count` is hidden and beyond them; returns
+/// the maximum lane by lane, and whether a key is hidden. The row sees the keys `seen`, less those whose bias is `-inf`.
 #[inline(always)]
-pub fn row_probabilities<T: SimdElement, I: Isa>(
+pub fn row_scores<T: SimdElement, I: Isa>(
     scores: &mut [T::Acc],
     (count, seen): (usize, Range<usize>),
     scale: T::Acc,
-    bias: Option<&[T::Acc; MAX_KEYS]>,
-    m: &mut T::Acc,
-    l: &mut T::Acc,
-) -> RowStep<T::Acc> {
+    bias: Option<&[T::Acc; BLOCK_ROWS]>,
+) -> (T::V<I>, bool) {
     let lanes = T::V::<I>::LANES;
     let splat = T::V::<I>::splat;
     let lowest = splat(T::Acc::NEG_INFINITY);
@@ -133,25 +122,35 @@ pub fn row_probabilities<T: SimdElement, I: Isa>(
         s.store(row);
         peak = peak.max(s);
     }
-    let hides = !whole && scores[..count].contains(&T::Acc::NEG_INFINITY);
-    let old = *m;
-    *m = fold_lanes::<T, I>(peak, old, |x, y| if y > x { y } else { x });
-    let base = if *m > T::Acc::NEG_INFINITY { *m } else { T::Acc::ZERO };
-    let mut alpha = [T::Acc::ZERO; MAX_LANES];
-    exp2::<T, I>(splat(old).sub(splat(base))).store(&mut alpha);
-    let mut sums = splat(T::Acc::ZERO);
-    for row in scores.chunks_exact_mut(lanes) {
+    (peak, !whole && scores[..count].contains(&T::Acc::NEG_INFINITY))
+}
+
+/// [`step`] for as many rows as there are lanes, given the maxima of each row lane by lane.
+#[inline(always)]
+pub fn rows_step<T: SimdElement, I: Isa>(m: T::V<I>, peaks: <T::V<I> as Vector>::Block) -> Step<T::V<I>> {
+    let mut peak = T::V::<I>::splat(T::Acc::NEG_INFINITY);
+    for &lane in T::V::<I>::transpose(peaks).as_ref() {
+        peak = peak.max(lane);
+    }
+    step::<T, I>(m, peak)
+}
+
+/// Turns one row of scores from [`row_scores`] into probabilities, in place, and adds them to `sums` lane by lane. Where
+/// `masked`, the probability of a hidden key is `-0`.
+#[inline(always)]
+pub fn row_probabilities<T: SimdElement, I: Isa>(scores: &mut [T::Acc], base: T::Acc, masked: bool, sums: &mut [T::Acc]) {
+    let splat = T::V::<I>::splat;
+    let mut sum = T::V::<I>::load(sums);
+    for row in scores.chunks_exact_mut(T::V::<I>::LANES) {
         let s = T::V::<I>::load(row);
         let mut p = exp2::<T, I>(s.sub(splat(base)));
-        sums = sums.add(p);
-        if !whole {
+        sum = sum.add(p);
+        if masked {
             p = splat(T::Acc::LOWEST).select_gt(s, splat(T::Acc::MINUS_ZERO), p);
         }
         p.store(row);
     }
-    let sum = fold_lanes::<T, I>(sums, T::Acc::ZERO, |x, y| T::Acc::from_f64(x.to_f64() + y.to_f64()));
-    *l = T::Acc::from_f64(l.to_f64() * alpha[0].to_f64() + sum.to_f64());
-    RowStep { alpha: alpha[0], hides }
+    sum.store(sums);
 }
 
 /// `first`, `first + 1`, ...
@@ -162,17 +161,6 @@ fn positions<A: Float>(first: usize) -> [A; MAX_LANES] {
         *position = A::from_f64((first + i) as f64);
     }
     positions
-}
-
-#[inline(always)]
-fn fold_lanes<T: SimdElement, I: Isa>(v: T::V<I>, start: T::Acc, op: impl Fn(T::Acc, T::Acc) -> T::Acc) -> T::Acc {
-    let mut lanes = [T::Acc::ZERO; MAX_LANES];
-    v.store(&mut lanes);
-    let mut result = start;
-    for &x in &lanes[..T::V::<I>::LANES] {
-        result = op(result, x);
-    }
-    result
 }
 
 /// `ln` of the sum of exponentials, from the running maximum and sum in base 2; `-inf` where no key was seen.

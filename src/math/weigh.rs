@@ -2,10 +2,7 @@
 
 use super::load::MAX_LANES;
 use crate::dtype::Float;
-use crate::simd::{Isa, SimdElement, Vector, VectorKernel, weigh_tile};
-
-/// Most keys of one call.
-pub const MAX_KEYS: usize = 64;
+use crate::simd::{BLOCK_ROWS, Isa, RowBlock, SimdElement, Vector, VectorKernel, weigh_tile};
 
 /// Elements of an accumulator row: whole pairs of vectors.
 pub fn acc_stride<T: SimdElement, I: Isa>(head_dim_v: usize) -> usize {
@@ -14,16 +11,18 @@ pub fn acc_stride<T: SimdElement, I: Isa>(head_dim_v: usize) -> usize {
 
 /// `acc[r] = alpha[r] * acc[r] + probs[r] . values` for `alpha.len()` rows, in the order of `load_rows_shuffled`.
 ///
-/// `values` holds whole operands; `probs` are operands, rows of `probs_stride`. Values `ahead`, as many, are requested meanwhile.
+/// The first `count` values are weighed, whole operands of them; `probs` are operands, rows of `probs_stride`. Values `ahead` are
+/// requested meanwhile.
 #[inline(always)]
 pub fn accumulate<T: SimdElement, I: Isa>(
-    (values, ahead): (&[&[T]], &[&[T]]),
-    head_dim_v: usize,
+    (values, ahead): (&RowBlock<'_, T>, &RowBlock<'_, T>),
+    count: usize,
     (probs, probs_stride): (&[T::Acc], usize),
     alpha: &[T::Acc],
     acc: &mut [T::Acc],
 ) {
     let width = 2 * T::V::<I>::LANES;
+    let head_dim_v = values.width();
     let whole = head_dim_v / width * width;
     let probs = (probs, probs_stride);
     let stride = acc_stride::<T, I>(head_dim_v);
@@ -31,27 +30,27 @@ pub fn accumulate<T: SimdElement, I: Isa>(
     while first < whole {
         // Two pairs of vectors by four rows are 16 accumulators; one pair where there are 16 registers in all.
         first += if I::REGISTERS >= 32 && first + 2 * width <= whole {
-            columns::<T, I, 2>((values, ahead), (first, first), probs, alpha, (acc, stride))
+            columns::<T, I, 2>((values, ahead), count, (first, first), probs, alpha, (acc, stride))
         } else {
-            columns::<T, I, 1>((values, ahead), (first, first), probs, alpha, (acc, stride))
+            columns::<T, I, 1>((values, ahead), count, (first, first), probs, alpha, (acc, stride))
         };
     }
     if whole < head_dim_v {
-        let mut tails = [[T::zeroed(); 2 * MAX_LANES]; MAX_KEYS];
-        let mut rows: [&[T]; MAX_KEYS] = [&[]; MAX_KEYS];
-        for ((tail, row), value) in tails.iter_mut().zip(&mut rows).zip(values) {
-            tail[..head_dim_v - whole].copy_from_slice(&value[whole..]);
-            *row = tail;
+        let mut tails = [[T::zeroed(); 2 * MAX_LANES]; BLOCK_ROWS];
+        for (place, tail) in tails.iter_mut().enumerate().take(count) {
+            tail[..head_dim_v - whole].copy_from_slice(&values.row(place)[whole..]);
         }
-        let rows = &rows[..values.len()];
-        columns::<T, I, 1>((rows, rows), (0, whole), probs, alpha, (acc, stride));
+        let mut rows = RowBlock::filled(&tails[0]);
+        rows.set_run(0, BLOCK_ROWS, tails.as_flattened(), 2 * MAX_LANES);
+        columns::<T, I, 1>((&rows, &rows), count, (0, whole), probs, alpha, (acc, stride));
     }
 }
 
 /// Handles `HALF` pairs of vectors of all rows; returns how many elements.
 #[inline(always)]
 fn columns<T: SimdElement, I: Isa, const HALF: usize>(
-    (values, ahead): (&[&[T]], &[&[T]]),
+    values: (&RowBlock<'_, T>, &RowBlock<'_, T>),
+    count: usize,
     (first, column): (usize, usize),
     (probs, probs_stride): (&[T::Acc], usize),
     alpha: &[T::Acc],
@@ -63,9 +62,9 @@ fn columns<T: SimdElement, I: Isa, const HALF: usize>(
         let acc = (&mut acc[row * stride + column..], stride);
         let alpha = &alpha[row..];
         row += if row == 0 {
-            some_rows::<T, I, HALF, true>((values, ahead), first, probs, alpha, acc)
+            some_rows::<T, I, HALF, true>(values, (count, first), probs, alpha, acc)
         } else {
-            some_rows::<T, I, HALF, false>((values, values), first, probs, alpha, acc)
+            some_rows::<T, I, HALF, false>(values, (count, first), probs, alpha, acc)
         };
     }
     HALF * 2 * T::V::<I>::LANES
@@ -74,23 +73,23 @@ fn columns<T: SimdElement, I: Isa, const HALF: usize>(
 /// Handles some of `alpha.len()` rows; returns how many.
 #[inline(always)]
 fn some_rows<T: SimdElement, I: Isa, const HALF: usize, const FETCH: bool>(
-    values: (&[&[T]], &[&[T]]),
-    first: usize,
+    values: (&RowBlock<'_, T>, &RowBlock<'_, T>),
+    places: (usize, usize),
     probs: (&[T::Acc], usize),
     alpha: &[T::Acc],
     acc: (&mut [T::Acc], usize),
 ) -> usize {
     match alpha.len() {
-        4.. => tile::<T, I, 4, HALF, FETCH>(values, first, probs, alpha, acc),
-        2.. => tile::<T, I, 2, HALF, FETCH>(values, first, probs, alpha, acc),
-        _ => tile::<T, I, 1, HALF, FETCH>(values, first, probs, alpha, acc),
+        4.. => tile::<T, I, 4, HALF, FETCH>(values, places, probs, alpha, acc),
+        2.. => tile::<T, I, 2, HALF, FETCH>(values, places, probs, alpha, acc),
+        _ => tile::<T, I, 1, HALF, FETCH>(values, places, probs, alpha, acc),
     }
 }
 
 #[inline(always)]
 fn tile<T: SimdElement, I: Isa, const ROWS: usize, const HALF: usize, const FETCH: bool>(
-    (values, ahead): (&[&[T]], &[&[T]]),
-    first: usize,
+    values: (&RowBlock<'_, T>, &RowBlock<'_, T>),
+    (count, first): (usize, usize),
     (probs, probs_stride): (&[T::Acc], usize),
     alpha: &[T::Acc],
     (acc, stride): (&mut [T::Acc], usize),
@@ -106,7 +105,7 @@ fn tile<T: SimdElement, I: Isa, const ROWS: usize, const HALF: usize, const FETC
             }
         }
     }
-    let sums = weigh_tile::<T, T::Kernel<I>, ROWS, HALF, FETCH>(values, ahead, first, rows, sums);
+    let sums = weigh_tile::<T, T::Kernel<I>, ROWS, HALF, FETCH>(values, count, first, rows, sums);
     for (r, row) in sums.iter().enumerate() {
         for (h, halves) in row.iter().enumerate() {
             for (half, sum) in halves.iter().enumerate() {

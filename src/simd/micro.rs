@@ -1,6 +1,6 @@
 //! The register tile: `M` broadcast operands times `N` vectors, accumulated over `depth` operands.
 
-use super::{SimdElement, Vector, VectorKernel, prefetch::prefetch_line};
+use super::{RowBlock, SimdElement, Vector, VectorKernel, prefetch::prefetch_line};
 
 /// `acc[i][v] + sum over d of a[i * a_row + d * a_step] . b[d * b_step ..][v]`, all sums in order of `d`.
 ///
@@ -43,7 +43,7 @@ pub fn tile<T: SimdElement, K: VectorKernel<T>, const M: usize, const N: usize>(
     acc
 }
 
-/// Dot products of `KEYS` rows of inputs with `ROWS` rows of operands over whole vectors: lane-wise partial sums.
+/// Dot products of the `KEYS` rows from `first` on with `ROWS` rows of operands over whole vectors: lane-wise partial sums.
 ///
 /// Per step: `KEYS` loads from memory, `ROWS` operand loads and `KEYS * ROWS` multiply-accumulates. With `FETCH`, every load of a
 /// key requests the same vector of a key `ahead`: evenly spread, requests keep the memory busy and never fill its queues.
@@ -53,23 +53,24 @@ pub fn tile<T: SimdElement, K: VectorKernel<T>, const M: usize, const N: usize>(
 #[inline(always)]
 #[expect(unsafe_code, reason = "bounds of all rows are asserted once, outside the loop")]
 pub fn dot_tile<T: SimdElement, K: VectorKernel<T>, const KEYS: usize, const ROWS: usize, const FETCH: bool>(
-    keys: [&[T]; KEYS],
-    ahead: [&[T]; KEYS],
+    (keys, ahead): (&RowBlock<'_, T>, &RowBlock<'_, T>),
+    first: usize,
     queries: [&[T::Acc]; ROWS],
     vectors: usize,
 ) -> [[K::V; KEYS]; ROWS] {
     let lanes = K::V::LANES;
+    let width = lanes * K::DEPTH;
     let mut sums = [[K::V::splat(<T::Acc as crate::dtype::Float>::ZERO); KEYS]; ROWS];
-    assert!(keys.iter().all(|row| row.len() >= vectors * lanes * K::DEPTH), "dot_tile: a key is too short");
+    assert!(keys.width() >= vectors * width, "dot_tile: keys are too short");
     assert!(queries.iter().all(|row| row.len() >= vectors * lanes), "dot_tile: a query is too short");
+    let starts: [_; KEYS] = std::array::from_fn(|i| (keys.start(first + i), ahead.start(first + i)));
     for d in 0..vectors {
-        for (i, key) in keys.iter().enumerate() {
-            let width = lanes * K::DEPTH;
+        for (i, (key, ahead)) in starts.iter().enumerate() {
             if FETCH {
-                prefetch_line(ahead[i].as_ptr().wrapping_add(d * width));
+                prefetch_line(ahead.wrapping_add(d * width));
             }
-            // SAFETY: `d < vectors`, and the row holds that many vectors of `width` elements.
-            let key = K::load_row(unsafe { std::slice::from_raw_parts(key.as_ptr().add(d * width), width) });
+            // SAFETY: `d < vectors`, and a row holds that many vectors of `width` elements.
+            let key = K::load_row(unsafe { std::slice::from_raw_parts(key.add(d * width), width) });
             for (query, sums) in queries.iter().zip(&mut sums) {
                 // SAFETY: likewise.
                 let query = K::V::load(unsafe { std::slice::from_raw_parts(query.as_ptr().add(d * lanes), lanes) });
@@ -80,40 +81,39 @@ pub fn dot_tile<T: SimdElement, K: VectorKernel<T>, const KEYS: usize, const ROW
     sums
 }
 
-/// `acc[r][v] + sum over k of probs[r][k] . values[k][first..][v]`, `2 * HALF` vectors wide, in the order of
+/// `acc[r][v] + sum over k < count of probs[r][k] . values[k][first..][v]`, `2 * HALF` vectors wide, in the order of
 /// [`VectorKernel::load_rows_shuffled`]. `FETCH` as in [`dot_tile`].
 ///
 /// # Panics
-/// When a row of values ends before the last vector, or `probs` has fewer than `values.len() / DEPTH` operands in a row.
+/// When values end before the last vector, or `probs` has fewer than `count / DEPTH` operands in a row.
 #[inline(always)]
 #[expect(unsafe_code, reason = "bounds of all rows are asserted before they are read")]
 pub fn weigh_tile<T: SimdElement, K: VectorKernel<T>, const ROWS: usize, const HALF: usize, const FETCH: bool>(
-    values: &[&[T]],
-    ahead: &[&[T]],
+    (values, ahead): (&RowBlock<'_, T>, &RowBlock<'_, T>),
+    count: usize,
     first: usize,
     probs: [&[T::Acc]; ROWS],
     mut acc: [[[K::V; 2]; HALF]; ROWS],
 ) -> [[[K::V; 2]; HALF]; ROWS] {
     let width = 2 * K::V::LANES;
-    let end = first + HALF * width;
-    let steps = values.len() / K::DEPTH;
+    let steps = count / K::DEPTH;
     assert!(probs.iter().all(|row| row.len() >= steps), "weigh_tile: too few probabilities");
-    assert!(values.iter().all(|row| row.len() >= end), "weigh_tile: a value is too short");
-    let ahead = if FETCH { &ahead[..values.len()] } else { values };
-    for (k, (pair, ahead)) in values.chunks_exact(K::DEPTH).zip(ahead.chunks_exact(K::DEPTH)).enumerate() {
+    assert!(values.width() >= first + HALF * width, "weigh_tile: values are too short");
+    for k in 0..steps {
+        let pair = [k * K::DEPTH, k * K::DEPTH + K::DEPTH - 1];
         for h in 0..HALF {
+            let column = first + h * width;
             if FETCH {
-                for row in ahead {
-                    let row = row.as_ptr().wrapping_add(first + h * width);
+                for row in &pair[..K::DEPTH] {
+                    let row = ahead.start(*row).wrapping_add(column);
                     prefetch_line(row);
                     if width * size_of::<T>() > 64 {
                         prefetch_line(row.wrapping_add(width / 2));
                     }
                 }
             }
-            // SAFETY: `first + (h + 1) * width <= end`, which every row reaches.
-            let rows = [pair[0], pair[K::DEPTH - 1]]
-                .map(|row| unsafe { std::slice::from_raw_parts(row.as_ptr().add(first + h * width), width) });
+            // SAFETY: `column + width <= first + HALF * width`, which every row reaches.
+            let rows = pair.map(|row| unsafe { std::slice::from_raw_parts(values.start(row).add(column), width) });
             let columns = K::load_rows_shuffled(rows);
             for (row, acc) in probs.iter().zip(&mut acc) {
                 // SAFETY: `k < steps`, and every row has that many operands.

@@ -13,6 +13,7 @@ mod micro;
 mod portable;
 mod prefetch;
 mod probe;
+mod row_block;
 
 pub use element::SimdElement;
 pub use kernel::{PairDot, VectorKernel, Widen};
@@ -20,6 +21,7 @@ pub use level::Level;
 pub use micro::{dot_tile, tile, weigh_tile};
 pub use prefetch::prefetch;
 pub use probe::{ProbeKind, peak_flops_loop, sum_bytes};
+pub use row_block::{BLOCK_ROWS, RowBlock};
 
 use crate::dtype::Float;
 use half::{bf16, f16};

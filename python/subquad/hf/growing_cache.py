@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from subquad.hf.growing_layers import GrowingLayer, can_grow, growing
+from subquad.hf.growing_layers import GrowingLayer, can_grow, growing, unchanged_on_error
 
 _SEAM = "_prepare_cache_for_generation"
 # Transformers renamed it.
@@ -45,6 +45,9 @@ class GrowingCache(DynamicCache):
     Updates in grad mode, under `torch.compile` and of tensor subclasses concatenate, so that gradients are
     right; decode under `torch.no_grad` or `torch.inference_mode`, as `generate` does. Copies and pickles hold
     the used part only.
+
+    An `update` or a `crop` that fails leaves the cache as it was, and so does any other method that refuses its
+    arguments.
     """
 
     def __init__(
@@ -98,6 +101,25 @@ class GrowingCache(DynamicCache):
         self.layers = [growing(layer) for layer in self.layers]
         if self.layer_class_to_replicate is DynamicLayer:
             self.layer_class_to_replicate = GrowingLayer
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends tokens to a layer and returns all its keys and values."""
+        count = len(self.layers)
+        if layer_idx < count or torch.compiler.is_compiling():
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        try:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except BaseException:
+            del self.layers[count:]
+            raise
+
+    # What changes batch rows is not guarded: that would keep the old buffers of all layers until the last is done.
+    @unchanged_on_error(lambda cache: cache.layers)
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Removes the last tokens, as `DynamicCache` does."""
+        super().crop(*args, **kwargs)
 
     def reserve(self, tokens: int) -> None:
         """Makes the next buffers large enough for so many tokens in total, so that they need not be replaced.

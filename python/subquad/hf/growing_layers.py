@@ -2,17 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import copy
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 # Room for this many tokens is not worth saving.
 _SMALLEST = 16
+# A first buffer is that of a prompt: it leaves this part of it free, at most so many tokens.
+_SLACK_PART = 8
+_MOST_SLACK = 1024
+# Updates of so many tokens are pieces of a prompt. Their attention costs far more than copying a buffer.
+_PIECE = 64
 # Doubling copies each token once more on average, growing 1.5 times twice more. From this size on (of the
 # keys or the values of a layer), memory matters more than the copies.
 _DOUBLING_BYTES = 64 * 2**20
+
+
+class Snapshot:
+    """What layers hold, to be restored after an error. Takes no copies of tensors."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        """Records what the layers refer to now."""
+        self._states = [
+            (layer, {name: _detach(value) for name, value in vars(layer).items()}) for layer in layers
+        ]
+
+    def restore(self) -> None:
+        """Lets the layers refer to that again."""
+        for layer, state in self._states:
+            vars(layer).clear()
+            vars(layer).update(state)
+
+
+def _detach(value: Any) -> Any:
+    # Only these are changed in place, besides tensors, in which nothing that is used is overwritten.
+    return copy.copy(value) if isinstance(value, (_Span, dict, list)) else value
+
+
+def unchanged_on_error(
+    layers_of: Callable[[Any], Sequence[Any]],
+) -> Callable[[Callable[Concatenate[Any, _P], _R]], Callable[Concatenate[Any, _P], _R]]:
+    """Makes a method leave the layers of its object as they were if it raises."""
+
+    def decorate(method: Callable[Concatenate[Any, _P], _R]) -> Callable[Concatenate[Any, _P], _R]:
+        @wraps(method)
+        def guarded(self: Any, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+            if torch.compiler.is_compiling():
+                return method(self, *args, **kwargs)
+            before = Snapshot(layers_of(self))
+            try:
+                return method(self, *args, **kwargs)
+            except BaseException:
+                before.restore()
+                raise
+
+        return guarded
+
+    return decorate
 
 
 def _is_plain(states: object) -> bool:
@@ -36,6 +89,11 @@ class _Span:
         self.used = used
         self.buffer: torch.Tensor | None = None
         self._start = 0
+
+    def __copy__(self) -> _Span:
+        duplicate = _Span(self.used)
+        duplicate.buffer, duplicate._start = self.buffer, self._start
+        return duplicate
 
     def assign(self, used: torch.Tensor | None) -> None:
         """Makes a tensor the used part. The buffer stays if the tensor is a run of its tokens."""
@@ -84,7 +142,7 @@ class _Span:
 
         Args:
             states: `[B, H, added, D]`; `accepts` must hold.
-            room: Most tokens to leave free where the buffer is replaced. `None`: grow geometrically.
+            room: Most tokens to leave free where the buffer is replaced. `None`: no limit.
             reserved: Least capacity of a new buffer, in tokens.
         """
         used = self._stored()
@@ -97,10 +155,8 @@ class _Span:
             # Torch allows no in-place changes of those later.
             or (buffer.is_inference() and not torch.is_inference_mode_enabled())
         ):
-            size = needed * states[:, :, :1].numel() * states.element_size()
-            grown = needed if size <= _DOUBLING_BYTES else needed // 2
-            free = grown if room is None else min(grown, room)
-            capacity = max(needed + free, reserved, _SMALLEST)
+            free = self._choose_room(states, needed)
+            capacity = max(needed + (free if room is None else min(free, room)), reserved)
             # Never the old buffer, even where it has room in front: views of it were handed out.
             buffer = states.new_empty((*states.shape[:2], capacity, states.shape[3]))
             if length:
@@ -109,6 +165,16 @@ class _Span:
         buffer.narrow(2, self._start + length, states.shape[2]).copy_(states)
         self.used = buffer.narrow(2, self._start, needed)
         return self.used
+
+    def _choose_room(self, states: torch.Tensor, needed: int) -> int:
+        """Returns how many tokens a new buffer leaves free."""
+        slack = max(_SMALLEST, needed // _SLACK_PART)
+        if self.buffer is None:
+            return min(slack, _MOST_SLACK)
+        if states.shape[2] >= _PIECE:
+            return slack
+        size = needed * states[:, :, :1].numel() * states.element_size()
+        return max(_SMALLEST, needed if size <= _DOUBLING_BYTES else needed // 2)
 
     def _stored(self) -> torch.Tensor:
         if self.used is None:
@@ -224,13 +290,14 @@ class _GrowingStates:
 class GrowingLayer(_GrowingStates, DynamicLayer):  # type: ignore[no-untyped-call]
     """A `DynamicLayer` that appends to buffers `[B, H, capacity, D]` instead of concatenating.
 
-    An update copies the new tokens only. A full buffer is replaced by one for twice the tokens (above 64 MiB,
-    1.5 times), so that each token is copied once more on average (twice), and a new buffer is at most twice
-    as large as what is used, or 16 tokens. `keys` and `values` are the used parts: views with head stride
-    `capacity * D`.
+    An update copies the new tokens only. The first buffer, usually that of the prompt, leaves an eighth of it
+    free, at least 16 and at most 1,024 tokens. A full buffer is replaced by one for twice the tokens (above
+    64 MiB, 1.5 times), so that each token is copied once more on average (twice); where 64 tokens or more are
+    added, as by a prompt in pieces, by one with an eighth free. `keys` and `values` are the used parts: views
+    with head stride `capacity * D`.
 
-    In grad mode, under `torch.compile`, and for tensor subclasses (fake tensors among them), an update
-    concatenates as the parent's does.
+    An update that fails leaves the layer as it was. In grad mode, under `torch.compile`, and for tensor
+    subclasses (fake tensors among them), an update concatenates as the parent's does.
     """
 
     reserved = 0
@@ -239,6 +306,7 @@ class GrowingLayer(_GrowingStates, DynamicLayer):  # type: ignore[no-untyped-cal
         """Makes the next buffers large enough for so many tokens in total."""
         self.reserved = tokens
 
+    @unchanged_on_error(lambda layer: (layer,))
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -268,11 +336,13 @@ class GrowingSlidingWindowLayer(_GrowingStates, DynamicSlidingWindowLayer):  # t
     """A `DynamicSlidingWindowLayer` that appends to buffers `[B, H, capacity, D]` instead of concatenating.
 
     The last `W - 1` tokens of the window `W` are the used part. It moves through the buffer; at its end, it
-    is copied to the start of a new one with room for `W / 4` tokens more (at least 16). A token is thus
-    copied about four times more on average, whatever the window. Updates of more tokens than that
-    concatenate, as the parent's do. While the past is recorded, the buffers grow like `GrowingLayer`'s.
+    is copied to the start of a new one with room for `W / 4` tokens more (at least 16; less in the first
+    buffer, which is as `GrowingLayer`'s). A token is thus copied about four times more on average, whatever
+    the window. Updates of more tokens than that concatenate, as the parent's do. While the past is recorded,
+    the buffers grow like `GrowingLayer`'s. An update that fails leaves the layer as it was.
     """
 
+    @unchanged_on_error(lambda layer: (layer,))
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

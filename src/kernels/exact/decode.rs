@@ -13,11 +13,11 @@ use super::splits::{MAX_ROWS, Piece, Splits};
 use super::{ExactArgs, ExactOut};
 use crate::dtype::Float;
 use crate::math::dot;
-use crate::math::load::load_row;
-use crate::math::online_softmax::{log_sum_exp, row_probabilities, scale_base2};
-use crate::math::weigh::{self, MAX_KEYS, acc_stride};
+use crate::math::load::{MAX_LANES, load_row};
+use crate::math::online_softmax::{log_sum_exp, row_probabilities, row_scores, rows_step, scale_base2};
+use crate::math::weigh::{self, acc_stride};
 use crate::parallel::{RowWriter, for_each_tile};
-use crate::simd::{Isa, Level, SimdElement, Task, Vector, VectorKernel};
+use crate::simd::{BLOCK_ROWS, Isa, Level, RowBlock, SimdElement, Task, Vector, VectorKernel};
 use crate::tensor::MAX_HEAD_DIM;
 use crate::workspace::{Scratch, padded};
 use std::ops::Range;
@@ -78,11 +78,11 @@ impl<T: SimdElement> Task for PartialWidth<'_, T> {
     }
 }
 
-/// Where the rows of a block lie.
+/// Where the keys and values of a block lie.
 #[derive(Clone, Copy)]
-struct BlockRows<'a, T> {
-    keys: [&'a [T]; MAX_KEYS],
-    values: [&'a [T]; MAX_KEYS],
+struct Block<'a, T> {
+    keys: RowBlock<'a, T>,
+    values: RowBlock<'a, T>,
 }
 
 impl<T: SimdElement> Task for Decode<'_, T> {
@@ -94,7 +94,7 @@ impl<T: SimdElement> Task for Decode<'_, T> {
         let depth = T::Kernel::<I>::DEPTH;
         let query_stride = padded::<T::Acc>(shape.head_dim.div_ceil(depth).next_multiple_of(lanes));
         let stride = acc_stride::<T, I>(shape.head_dim_v);
-        let lengths = [piece.rows * query_stride, piece.rows * MAX_KEYS, piece.rows * stride];
+        let lengths = [piece.rows * query_stride, piece.rows * BLOCK_ROWS, piece.rows * stride];
         let mut scratch = Scratch::take::<T::Acc>(lengths.iter().sum());
         let (queries, rest) = scratch.as_mut_slice::<T::Acc>().split_at_mut(lengths[0]);
         let (scores, rest) = rest.split_at_mut(lengths[1]);
@@ -107,37 +107,36 @@ impl<T: SimdElement> Task for Decode<'_, T> {
             }
         }
         acc.fill(T::Acc::ZERO);
-        let mut state = Running { m: [T::Acc::NEG_INFINITY; MAX_ROWS], l: [T::Acc::ZERO; MAX_ROWS], acc };
+        let mut state = Running { m: [T::Acc::NEG_INFINITY; MAX_ROWS], l: [T::Acc::ZERO; MAX_ROWS * MAX_LANES], acc };
         let zeros = [T::zeroed(); MAX_HEAD_DIM];
-        let zeros = &zeros[..shape.head_dim_v];
-        let mut rows = [BlockRows { keys: [&[]; MAX_KEYS], values: [zeros; MAX_KEYS] }; 2];
-        let mut block = piece.keys.start..piece.keys.end.min(piece.keys.start + MAX_KEYS);
-        self.find(&piece, &block, &mut rows[0]);
-        let mut turn = 0;
-        while !block.is_empty() {
-            let next = block.end..piece.keys.end.min(block.end + MAX_KEYS);
-            self.find(&piece, &next, &mut rows[1 - turn]);
-            let (first, second) = rows.split_at_mut(1);
-            let (current, ahead) = if turn == 0 { (&mut first[0], &second[0]) } else { (&mut second[0], &first[0]) };
+        let zeros = &zeros[..shape.head_dim.max(shape.head_dim_v)];
+        let nothing =
+            Block { keys: RowBlock::filled(&zeros[..shape.head_dim]), values: RowBlock::filled(&zeros[..shape.head_dim_v]) };
+        let mut blocks = [nothing; 2];
+        let mut keys = piece.keys.start..piece.keys.end.min(piece.keys.start + BLOCK_ROWS);
+        self.find(&piece, &keys, &mut blocks[0]);
+        while !keys.is_empty() {
+            let [current, ahead] = &mut blocks;
+            let next = keys.end..piece.keys.end.min(keys.end + BLOCK_ROWS);
+            self.find(&piece, &next, ahead);
             let operands = (&*queries, query_stride);
-            let keys = (&current.keys[..block.len()], &ahead.keys[..block.len()]);
-            dot::scores::<T, I>(keys, operands, shape.head_dim, piece.rows, (scores, MAX_KEYS));
-            let values = (&mut current.values, &ahead.values);
-            self.weigh::<I>(&piece, &block, values, zeros, scores, &mut state);
-            block = next;
-            turn = 1 - turn;
+            dot::scores::<T, I>((&current.keys, &ahead.keys), keys.len(), operands, piece.rows, (scores, BLOCK_ROWS));
+            self.weigh::<I>(&piece, &keys, (&mut current.values, &ahead.values), zeros, scores, &mut state);
+            keys = next;
+            blocks.swap(0, 1);
         }
         for r in 0..piece.rows {
             let acc = &state.acc[r * stride..(r + 1) * stride];
+            let l = T::Acc::from_f64(state.l[r * lanes..(r + 1) * lanes].iter().map(|x| x.to_f64()).sum());
             match &self.partials {
                 Some(partials) if piece.partial => {
                     let row = partials.row(0, index, r);
                     row[..stride].copy_from_slice(acc);
-                    row[stride..].copy_from_slice(&[state.m[r], state.l[r]]);
+                    row[stride..].copy_from_slice(&[state.m[r], l]);
                 }
                 _ => {
                     let at = (piece.batch, self.position(&piece, r));
-                    finish::<T, I>(self.out, at, acc, state.m[r], state.l[r]);
+                    finish::<T, I>(self.out, at, acc, state.m[r], l);
                 }
             }
         }
@@ -147,12 +146,13 @@ impl<T: SimdElement> Task for Decode<'_, T> {
 /// The running softmax of every row, in base 2.
 struct Running<'s, A> {
     m: [A; MAX_ROWS],
-    l: [A; MAX_ROWS],
+    /// `[rows, lanes]`: sums of the keys of each lane.
+    l: [A; MAX_ROWS * MAX_LANES],
     /// `[rows, acc_stride]`.
     acc: &'s mut [A],
 }
 
-impl<'a, T: SimdElement> Decode<'a, T> {
+impl<T: SimdElement> Decode<'_, T> {
     /// `(token, head)` of a row.
     #[inline(always)]
     fn position(&self, piece: &Piece, row: usize) -> (usize, usize) {
@@ -161,65 +161,90 @@ impl<'a, T: SimdElement> Decode<'a, T> {
 
     /// Finds the rows of `keys`.
     #[inline(always)]
-    fn find(&self, piece: &Piece, keys: &Range<usize>, rows: &mut BlockRows<'a, T>) {
-        for (i, key) in keys.clone().enumerate() {
-            let (batch, token) = self.args.place(piece.batch, key);
-            rows.keys[i] = self.args.k.row(batch, token, piece.kv_head);
-            rows.values[i] = self.args.v.row(batch, token, piece.kv_head);
+    fn find<'z>(&self, piece: &Piece, keys: &Range<usize>, block: &mut Block<'z, T>)
+    where
+        Self: 'z,
+    {
+        let mut found = 0;
+        while found < keys.len() {
+            let ((batch, token), length) = self.args.run(piece.batch, keys.start + found);
+            let length = length.min(keys.len() - found);
+            let (rows, stride) = self.args.k.rows_from(batch, token, piece.kv_head);
+            block.keys.set_run(found, length, rows, stride);
+            let (rows, stride) = self.args.v.rows_from(batch, token, piece.kv_head);
+            block.values.set_run(found, length, rows, stride);
+            found += length;
         }
     }
 
     /// Turns a block's scores into probabilities and adds the weighted values.
     #[inline(always)]
-    fn weigh<I: Isa>(
+    fn weigh<'z, I: Isa>(
         &self,
         piece: &Piece,
         block: &Range<usize>,
-        (values, ahead): (&mut [&'a [T]; MAX_KEYS], &[&'a [T]; MAX_KEYS]),
-        zeros: &'a [T],
+        (values, ahead): (&mut RowBlock<'z, T>, &RowBlock<'z, T>),
+        zeros: &'z [T],
         scores: &mut [T::Acc],
         state: &mut Running<'_, T::Acc>,
     ) {
         let depth = T::Kernel::<I>::DEPTH;
-        let head_dim_v = self.args.shape.head_dim_v;
-        let stride = acc_stride::<T, I>(head_dim_v);
+        let stride = acc_stride::<T, I>(values.width());
         let scale = scale_base2::<T::Acc>(self.args.scale);
+        let lanes = T::V::<I>::LANES;
+        let lowest = T::V::<I>::splat(T::Acc::NEG_INFINITY);
         let mut alphas = [T::Acc::ZERO; MAX_ROWS];
         let mut cut = false;
-        for (r, scores) in scores.chunks_exact_mut(MAX_KEYS).take(piece.rows).enumerate() {
-            let (token, head) = self.position(piece, r);
-            let visible = self.args.visible(piece.batch, token);
-            let local = |key: usize| key.clamp(block.start, block.end) - block.start;
-            let seen = local(visible.start)..local(visible.end);
-            let mut bias = [T::Acc::ZERO; MAX_KEYS];
-            let bias = (!self.args.bias.is_none()).then(|| {
-                self.args.bias.read([piece.batch, head, token], block.start, &mut bias[..block.len()]);
-                &bias
-            });
-            let row = row_probabilities::<T, I>(scores, (block.len(), seen), scale, bias, &mut state.m[r], &mut state.l[r]);
-            alphas[r] = row.alpha;
-            cut |= row.hides;
+        for first in (0..piece.rows).step_by(lanes) {
+            let scores = &mut scores[first * BLOCK_ROWS..piece.rows.min(first + lanes) * BLOCK_ROWS];
+            let mut peaks = T::V::<I>::zero_block();
+            peaks.as_mut().fill(lowest);
+            for (r, scores) in scores.chunks_exact_mut(BLOCK_ROWS).enumerate() {
+                let (token, head) = self.position(piece, first + r);
+                let visible = self.args.visible(piece.batch, token);
+                let local = |key: usize| key.clamp(block.start, block.end) - block.start;
+                let seen = local(visible.start)..local(visible.end);
+                let mut bias = [T::Acc::ZERO; BLOCK_ROWS];
+                let bias = (!self.args.bias.is_none()).then(|| {
+                    self.args.bias.read([piece.batch, head, token], block.start, &mut bias[..block.len()]);
+                    &bias
+                });
+                let (peak, hides) = row_scores::<T, I>(scores, (block.len(), seen), scale, bias);
+                peaks.as_mut()[r] = peak;
+                cut |= hides;
+            }
+            let step = rows_step::<T, I>(T::V::<I>::load(&state.m[first..]), peaks);
+            step.m.store(&mut state.m[first..]);
+            step.alpha.store(&mut alphas[first..]);
+            let mut bases = [T::Acc::ZERO; MAX_LANES];
+            step.base.store(&mut bases);
+            for (r, scores) in scores.chunks_exact_mut(BLOCK_ROWS).enumerate() {
+                let sums = &mut state.l[(first + r) * lanes..][..lanes];
+                T::V::<I>::load(sums).mul(T::V::<I>::splat(alphas[first + r])).store(sums);
+                row_probabilities::<T, I>(scores, bases[r], cut, sums);
+            }
         }
         // A last operand of half a pair takes a row of zeros.
         let whole = block.len().next_multiple_of(depth);
-        values[block.len()..whole].fill(zeros);
+        if whole > block.len() {
+            values.set(block.len(), zeros);
+        }
         if !cut {
-            for scores in scores.chunks_exact_mut(MAX_KEYS).take(piece.rows) {
+            for scores in scores.chunks_exact_mut(BLOCK_ROWS).take(piece.rows) {
                 fold::<T, I>(scores, whole);
             }
-            let probs = (&*scores, MAX_KEYS);
-            let values = (&values[..whole], &ahead[..whole]);
-            weigh::accumulate::<T, I>(values, head_dim_v, probs, &alphas[..piece.rows], state.acc);
+            let probs = (&*scores, BLOCK_ROWS);
+            weigh::accumulate::<T, I>((values, ahead), whole, probs, &alphas[..piece.rows], state.acc);
             return;
         }
         // A hidden key's probability is 0, but 0 times an infinite or NaN value would not be: each row takes what it sees.
-        for (r, scores) in scores.chunks_exact_mut(MAX_KEYS).take(piece.rows).enumerate() {
-            let mut kept: [&[T]; MAX_KEYS] = [zeros; MAX_KEYS];
+        for (r, scores) in scores.chunks_exact_mut(BLOCK_ROWS).take(piece.rows).enumerate() {
+            let mut kept = RowBlock::filled(&zeros[..values.width()]);
             let mut count = 0;
             for j in 0..block.len() {
                 if scores[j].to_f64().is_sign_positive() {
                     scores[count] = scores[j];
-                    kept[count] = values[j];
+                    kept.set(count, values.row(j));
                     count += 1;
                 }
             }
@@ -227,8 +252,7 @@ impl<'a, T: SimdElement> Decode<'a, T> {
             let whole = count.next_multiple_of(depth);
             fold::<T, I>(scores, whole);
             let acc = &mut state.acc[r * stride..];
-            let kept = &kept[..whole];
-            weigh::accumulate::<T, I>((kept, kept), head_dim_v, (scores, MAX_KEYS), &alphas[r..=r], acc);
+            weigh::accumulate::<T, I>((&kept, &kept), whole, (scores, BLOCK_ROWS), &alphas[r..=r], acc);
         }
     }
 }

@@ -53,10 +53,10 @@ impl<T: Element> ExactArgs<'_, T> {
         range.start.min(end)..end
     }
 
-    /// Indices of a key along the first two axes of `k` and `v`.
+    /// Indices of a key along the first two axes of `k` and `v`, and how many keys from that one on lie one after the other.
     #[inline(always)]
-    pub fn place(&self, batch: usize, token: usize) -> (usize, usize) {
-        self.layout.map_or((batch, token), |layout| layout.place(batch, token))
+    pub fn run(&self, batch: usize, token: usize) -> ((usize, usize), usize) {
+        self.layout.map_or(((batch, token), usize::MAX), |layout| layout.run(batch, token))
     }
 }
 

@@ -269,7 +269,7 @@ ERRORS = [
     ("Value", lambda: subquad._native.probe_peak("f32", seconds=-1.0), "seconds", "0 to 600", "-1"),
     ("Value", lambda: subquad._native.probe_peak("f32", seconds=float("nan")), "seconds", "0 to 600", "NaN"),
     ("Value", lambda: subquad._native.probe_peak("f32", num_threads=0), "num_threads", "1 to 1024", "0"),
-    ("Value", lambda: subquad._native.probe_read_bandwidth(1), "bytes", "4096 to", "1"),
+    ("Value", lambda: subquad._native.probe_read([], num_threads=0), "num_threads", "1 to 1024", "0"),
     # Other devices.
     ("Device", torch_attention(q=tensor(1, 3, 4, 8, device="meta")), "q", "CPU array", r"meta; .*\.cpu\(\)"),
     ("Device", torch_attention(bias=tensor(3, 5, device="meta")), "bias", "CPU array", "meta"),

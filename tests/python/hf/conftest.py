@@ -50,6 +50,9 @@ _LATENT: dict[str, Any] = {
     "first_k_dense_replace": 1,
     "n_shared_experts": 1,
 }
+# With random weights, and embeddings of Gemma's scale, the next token would be the last one again.
+_UNTIED: dict[str, Any] = {"tie_word_embeddings": False}
+_PHI: dict[str, Any] = {"num_key_value_heads": 2, "original_max_position_embeddings": 256}
 _WINDOW = 8
 
 # Name for tests: model type, sizes that differ.
@@ -58,11 +61,14 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", _GROUPED),
     "mistral": ("mistral", {**_GROUPED, "sliding_window": None}),
     "mistral-window": ("mistral", {**_GROUPED, "sliding_window": _WINDOW}),
+    "phi3": ("phi3", {**_PHI, "sliding_window": None}),
+    "phi3-window": ("phi3", {**_PHI, "sliding_window": _WINDOW}),
     "gemma2": ("gemma2", {**_GROUPED, "query_pre_attn_scalar": 8, "sliding_window": _WINDOW}),
     "gemma3": (
         "gemma3_text",
         {
             **_GROUPED,
+            **_UNTIED,
             "query_pre_attn_scalar": 8,
             "sliding_window": _WINDOW,
             "layer_types": ["sliding_attention", "full_attention"],
@@ -93,10 +99,28 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
             "first_k_dense_replace": 1,
         },
     ),
+    "gemma3n": (
+        "gemma3n_text",
+        {
+            **_GROUPED,
+            **_UNTIED,
+            "intermediate_size": [48, 48, 48],
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "sliding_window": _WINDOW,
+            "num_kv_shared_layers": 1,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "activation_sparsity_pattern": [0.0, 0.0, 0.0],
+            "laurel_rank": 4,
+            "altup_num_inputs": 2,
+        },
+    ),
     "gemma4": (
         "gemma4_text",
         {
             **_GROUPED,
+            **_UNTIED,
             "num_hidden_layers": 3,
             "layer_types": ["sliding_attention", "full_attention", "full_attention"],
             "sliding_window": 128,

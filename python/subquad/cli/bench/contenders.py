@@ -1,6 +1,6 @@
 """The contenders: subquad, torch's SDPA, and the probe of the machine's peak."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -46,6 +46,18 @@ def peak(kind: str, threads: int, *, use_torch: bool) -> Contender:
     return Contender(
         f"peak/{threads}",
         lambda: median(_native.probe_peak(kind, None, _PROBE_SECONDS, threads) for _ in range(_PROBES)),
+        lambda: set_threads(threads, use_torch=use_torch),
+    )
+
+
+def read(arrays: Sequence[Any], threads: int, *, use_torch: bool) -> Contender:
+    """Returns the probe of reading, a plain sum over the memory of `arrays`, in bytes per second.
+
+    It reads the memory that the others read: how fast that is depends on where it lies.
+    """
+    return Contender(
+        f"read/{threads}",
+        lambda: median(_native.probe_read(list(arrays), threads) for _ in range(_PROBES)),
         lambda: set_threads(threads, use_torch=use_torch),
     )
 

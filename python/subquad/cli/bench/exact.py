@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from subquad import _native
-from subquad.cli.bench import contenders, tensors, verify
+from subquad.cli.bench import contenders, requirements, tensors, verify
+from subquad.cli.bench.cases import possible_cases
 from subquad.cli.bench.outcome import Outcome, Settings
 from subquad.cli.bench.shape_file import load, select
 from subquad.cli.bench.shapes import ExactShape
@@ -92,12 +93,6 @@ def plan(settings: Settings) -> list[Case]:
     return select(load("exact", ExactShape, settings.shapes), settings.pattern)
 
 
-def _floor(shape: ExactShape, dtype: str, threads: int, level: str) -> float | None:
-    # The floors are stated for two threads.
-    percent = shape.floor.get(level, {}).get(dtype) if threads == 2 else None
-    return None if percent is None else percent / 100
-
-
 def _scaling(samples: Mapping[str, Sequence[float]], base: int, count: int) -> Scaling:
     return Scaling(
         base,
@@ -147,7 +142,7 @@ def measure(shape: ExactShape, dtype: str, settings: Settings) -> list[Measureme
                 peak_share=paired_ratio(rates, peaks),
                 torch_ratio=None if theirs is None else paired_ratio(samples[f"torch/{count}"], seconds),
                 scaling=None if count == counts[0] else _scaling(samples, counts[0], count),
-                floor=_floor(shape, dtype, count, level),
+                floor=requirements.share(shape.floor, dtype, count, level),
                 error=checks[count].error,
                 failure=checks[count].failure,
             )
@@ -163,9 +158,6 @@ def _scaling_note(one: Measurement, scaling: Scaling) -> str:
 
 
 def _row(one: Measurement) -> Sequence[str]:
-    share = f"{one.peak_share:.1%}"
-    if one.floor is not None:
-        share += " " if one.peak_share >= one.floor else "!"
     return (
         one.shape.name,
         one.dtype,
@@ -173,7 +165,7 @@ def _row(one: Measurement) -> Sequence[str]:
         f"{one.seconds * 1e3:.3f}",
         f"{one.useful_rate / 1e9:.0f}",
         f"{one.peak_flops / 1e9:.0f} {one.peak_kind}",
-        share,
+        requirements.at_least(f"{one.peak_share:.1%}", one.peak_share, one.floor),
         "-" if one.floor is None else f"{one.floor:.0%}",
         "-" if one.torch_ratio is None else f"{one.torch_ratio:.2f}x",
         f"{one.error:.1e}",
@@ -200,10 +192,6 @@ def _record(one: Measurement) -> Mapping[str, str | float | int | None]:
     }
 
 
-def _is_possible(dtype: str, settings: Settings) -> bool:
-    return settings.use_torch or tensors.numpy_dtype(dtype) is not None
-
-
 def run(cases: Sequence[Case], settings: Settings, progress: Progress) -> Outcome:
     """Measures the cases.
 
@@ -217,11 +205,7 @@ def run(cases: Sequence[Case], settings: Settings, progress: Progress) -> Outcom
     """
     title = f"Exact attention, useful GFLOP/s; level {_native.config()['level']}, {cpu_name()}"
     outcome = Outcome("exact", title, COLUMNS)
-    possible = [case for case in cases if _is_possible(case[1], settings)]
-    if len(possible) < len(cases):
-        outcome.notes.append(
-            'bfloat16 was left out: NumPy has it only with ml_dtypes, torch is in "subquad[bench]"'
-        )
+    possible = possible_cases(cases, settings, outcome)
     with progress.stage("exact", total=len(possible)) as stage:
         for shape, dtype in possible:
             measurements = measure(shape, dtype, settings)

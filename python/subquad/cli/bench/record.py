@@ -38,6 +38,11 @@ FIELDS = (
     "bytes",
     "limit",
     "method",
+    "peak_read",
+    "torch_floor",
+    "against",
+    "against_ratio",
+    "against_limit",
     "error",
     "check",
 )

@@ -18,6 +18,11 @@ _ROWS = (
     Bench(
         "exact", "prefill of exact attention, share of the peak and ratio to torch", "subquad.cli.bench.exact"
     ),
+    Bench(
+        "decode",
+        "few queries and a long cache, share of the read bandwidth and ratio to torch",
+        "subquad.cli.bench.decode",
+    ),
     Bench("latency", "overhead of the smallest call", "subquad.cli.bench.latency"),
     Bench("memory", "memory beyond inputs and outputs of a long call", "subquad.cli.bench.memory"),
 )

@@ -6,12 +6,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
+from subquad.cli.bench.decode_shape import DecodeShape
 from subquad.cli.bench.shapes import ExactShape, LatencyShape, MemoryShape, Shape
 from subquad.cli.errors import UserError
 
 DEFAULT_PATH = Path(__file__).with_name("shapes.toml")
 AnyShape = TypeVar("AnyShape", bound=Shape)
-TABLES: dict[str, type[Shape]] = {"exact": ExactShape, "latency": LatencyShape, "memory": MemoryShape}
+TABLES: dict[str, type[Shape]] = {
+    "exact": ExactShape,
+    "decode": DecodeShape,
+    "latency": LatencyShape,
+    "memory": MemoryShape,
+}
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -43,12 +49,11 @@ def build(kind: type[AnyShape], entry: dict[str, Any]) -> AnyShape:
     Raises:
         ValueError: A key is unknown or missing, or a value is wrong.
     """
-    known = {each.name for each in fields(kind)}
+    given = [each for each in fields(kind) if each.init]
+    known = {each.name for each in given}
     if unknown := set(entry) - known:
         raise ValueError(f"unknown key {', '.join(sorted(unknown))}")
-    needed = {
-        each.name for each in fields(kind) if each.default is MISSING and each.default_factory is MISSING
-    }
+    needed = {each.name for each in given if each.default is MISSING and each.default_factory is MISSING}
     if missing := needed - set(entry):
         raise ValueError(f"missing key {', '.join(sorted(missing))}")
     arguments: dict[str, Any] = {

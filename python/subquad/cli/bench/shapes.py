@@ -6,7 +6,8 @@ from typing import Any
 
 from subquad.cli.arguments import MAX_THREADS
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
+ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+DTYPES = tuple(ITEM_BYTES)
 LEVELS = ("scalar", "avx2", "avx512", "avx512bf16")
 
 
@@ -16,9 +17,35 @@ def _check_list(name: str, values: Any, is_valid: Callable[[Any], bool], expecte
         raise ValueError(f"{name} must be a list of {expected}, none of them twice, got {shown!r}")
 
 
-def _check_limit(name: str, value: Any) -> None:
+def check_limit(name: str, value: Any) -> None:
+    """Raises `ValueError` unless a value is a number that can be required."""
     if type(value) not in (int, float) or not 0 <= value < float("inf"):
         raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises `ValueError` unless a value is a truth value."""
+    if type(value) is not bool:
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raises `ValueError` unless a value is a whole number, not below `least`."""
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def check_floor(floor: Any, dtypes: tuple[str, ...]) -> None:
+    """Raises `ValueError` unless a floor gives, for levels, a number for some of the dtypes."""
+    if not isinstance(floor, Mapping) or not all(isinstance(floors, Mapping) for floors in floor.values()):
+        raise ValueError("floor must give, for a level, a number for a dtype")
+    unknown = set(floor) - set(LEVELS)
+    unknown |= {dtype for floors in floor.values() for dtype in floors} - set(dtypes)
+    if unknown:
+        raise ValueError(f"floor names {', '.join(sorted(unknown))}, which is no level or not among dtypes")
+    for floors in floor.values():
+        for percent in floors.values():
+            check_limit("floor", percent)
 
 
 @dataclass(frozen=True)
@@ -63,13 +90,10 @@ class Shape:
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, getattr(self, default))
         for name in ("batch", "heads", "kv_heads", "queries", "keys", "head_dim", "head_dim_v"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            check_count(name, getattr(self, name))
         if self.heads % self.kv_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
-        if type(self.causal) is not bool:
-            raise ValueError(f"causal must be true or false, got {self.causal!r}")
+        check_flag("causal", self.causal)
         _check_list("dtypes", self.dtypes, lambda dtype: dtype in DTYPES, f"some of {', '.join(DTYPES)}")
         if not self.dtypes:
             raise ValueError("dtypes must not be empty")
@@ -80,20 +104,25 @@ class Shape:
             f"whole numbers from 1 to {MAX_THREADS}",
         )
 
-    @property
-    def visible_pairs(self) -> int:
-        """Pairs of a query and a key that it sees, for one head of one batch entry."""
+    def keys_of(self, entry: int) -> int:
+        """Returns the number of keys of a batch entry."""
+        return self.keys
+
+    def visible_pairs(self, entry: int) -> int:
+        """Returns the pairs of a query and a key that it sees, for one head of a batch entry."""
+        keys = self.keys_of(entry)
         if not self.causal:
-            return self.queries * self.keys
+            return self.queries * keys
         # Query i sees the keys up to i + keys - queries: an arithmetic series, clipped at no key and at every
         # key.
-        seeing = min(self.queries, self.keys)
-        return seeing * (2 * self.keys - seeing + 1) // 2
+        seeing = min(self.queries, keys)
+        return seeing * (2 * keys - seeing + 1) // 2
 
     @property
     def useful_flops(self) -> int:
         """Operations of the two products over the visible pairs; masked work and softmax do not count."""
-        return 2 * self.batch * self.heads * self.visible_pairs * (self.head_dim + self.head_dim_v)
+        pairs = sum(map(self.visible_pairs, range(self.batch)))
+        return 2 * self.heads * pairs * (self.head_dim + self.head_dim_v)
 
 
 @dataclass(frozen=True)
@@ -115,21 +144,8 @@ class ExactShape(Shape):
             ValueError: A size is wrong, or a floor names an unknown level or dtype.
         """
         super().__post_init__()
-        if type(self.smoke) is not bool:
-            raise ValueError(f"smoke must be true or false, got {self.smoke!r}")
-        if not isinstance(self.floor, Mapping) or not all(
-            isinstance(floors, Mapping) for floors in self.floor.values()
-        ):
-            raise ValueError("floor must give, for a level, a number for a dtype")
-        unknown = set(self.floor) - set(LEVELS)
-        unknown |= {dtype for floors in self.floor.values() for dtype in floors} - set(self.dtypes)
-        if unknown:
-            raise ValueError(
-                f"floor names {', '.join(sorted(unknown))}, which is no level or not among dtypes"
-            )
-        for floors in self.floor.values():
-            for percent in floors.values():
-                _check_limit("floor", percent)
+        check_flag("smoke", self.smoke)
+        check_floor(self.floor, self.dtypes)
 
 
 @dataclass(frozen=True)
@@ -149,7 +165,7 @@ class LatencyShape(Shape):
             ValueError: A value is wrong.
         """
         super().__post_init__()
-        _check_limit("limit_us", self.limit_us)
+        check_limit("limit_us", self.limit_us)
 
 
 @dataclass(frozen=True)
@@ -169,4 +185,4 @@ class MemoryShape(Shape):
             ValueError: A value is wrong.
         """
         super().__post_init__()
-        _check_limit("limit_mib_per_thread", self.limit_mib_per_thread)
+        check_limit("limit_mib_per_thread", self.limit_mib_per_thread)

@@ -77,6 +77,21 @@ def make_inputs(shape: Shape, dtype: str, *, use_torch: bool) -> Inputs:
     return Inputs(*map(convert, arrays))
 
 
+def full(size: tuple[int, ...], value: float, like: Any) -> Any:
+    """Returns a contiguous array of one value, of the library and dtype of another."""
+    return np.full(size, value, like.dtype) if isinstance(like, np.ndarray) else like.new_full(size, value)
+
+
+def integers(values: npt.ArrayLike, like: Any) -> Any:
+    """Returns an array of int32, of the library of another."""
+    array = np.array(values, np.int32)
+    if isinstance(like, np.ndarray):
+        return array
+    import torch
+
+    return torch.from_numpy(array)
+
+
 def to_float64(array: Any) -> npt.NDArray[np.float64]:
     """Returns a copy of a tensor or array as a NumPy array of float64."""
     if isinstance(array, np.ndarray):

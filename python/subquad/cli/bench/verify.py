@@ -36,11 +36,17 @@ def _rows(shape: Shape) -> list[slice]:
 
 def _oracle_error(shape: Shape, inputs: Inputs, out: Any, entry: int, rows: slice) -> float:
     # Bottom-right alignment over the first `visible` keys is exactly what these rows see of all keys.
-    visible = max(rows.stop + shape.keys - shape.queries, 0) if shape.causal else shape.keys
-    one = slice(entry, entry + 1)
-    q, k, v = map(to_float64, (inputs.q[one, rows], inputs.k[one, :visible], inputs.v[one, :visible]))
-    expected = exact.attention(q, k, v, causal=shape.causal)
-    return float(np.max(np.abs(to_float64(out[one, rows]) - expected)))
+    keys = shape.keys_of(entry)
+    visible = max(rows.stop + keys - shape.queries, 0) if shape.causal else keys
+    one, group = slice(entry, entry + 1), shape.heads // shape.kv_heads
+    errors = []
+    # One key/value head after another: in float64 and repeated for each query head, a long cache is large.
+    for head in range(shape.kv_heads):
+        shared, heads = slice(head, head + 1), slice(head * group, (head + 1) * group)
+        k, v = (to_float64(array[one, :visible, shared]) for array in (inputs.k, inputs.v))
+        expected = exact.attention(to_float64(inputs.q[one, rows, heads]), k, v, causal=shape.causal)
+        errors.append(np.max(np.abs(to_float64(out[one, rows, heads]) - expected)))
+    return float(np.max(errors))
 
 
 def check(shape: Shape, dtype: str, inputs: Inputs, out: Any, theirs: Any | None) -> Check:

@@ -27,6 +27,30 @@ causal = true
 threads = [1, 2]
 dtypes = ["float32"]
 
+[[decode]]
+name = "row"
+heads = 4
+kv_heads = 2
+head_dim = 8
+lengths = 20
+dtypes = ["float32", "bfloat16"]
+
+[[decode]]
+name = "pages"
+batch = 2
+heads = 4
+kv_heads = 2
+head_dim = 8
+queries = 3
+causal = true
+lengths = [19, 6]
+page_size = 4
+layout = "bshd"
+threads = [1, 2]
+dtypes = ["float32"]
+against = "row"
+limit_ratio = 1e6
+
 [[latency]]
 name = "small"
 queries = 4
@@ -77,3 +101,4 @@ def quick(monkeypatch) -> None:
     monkeypatch.setattr("subquad.cli.bench.timing._SAMPLE_SECONDS", 1e-4)
     monkeypatch.setattr("subquad.cli.bench.timing._WARM_SECONDS", 0.0)
     monkeypatch.setattr("subquad.cli.bench.contenders._PROBE_SECONDS", 1e-4)
+    monkeypatch.setattr("subquad.cli.bench.contenders._READ_SECONDS", 1e-4)

@@ -45,18 +45,28 @@ def test_everything(cli, shapes, tmp_path):
     ]
     answer = cli(*arguments)
     assert answer.status == 0, answer.out + answer.err
-    for each in ("tiny", "append", "small", "long", "torch's own SDPA", "from 1 to 2 threads; the probe: "):
+    for each in (
+        "tiny",
+        "append",
+        "row",
+        "pages",
+        "small",
+        "long",
+        "torch's own SDPA",
+        "from 1 to 2 threads; the probe: ",
+    ):
         assert each in answer.out
     assert "WRONG" not in answer.out
     (path,) = record.rglob("*.csv")
     assert answer.out.endswith(f"\nrecorded in {path}\n")
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["bench"] for row in rows] == ["exact"] * 4 + ["latency"] * 4 + ["memory"]
+    assert [row["bench"] for row in rows] == ["exact"] * 4 + ["decode"] * 4 + ["latency"] * 4 + ["memory"]
     assert {row["check"] for row in rows} == {"ok"}
     document = json.loads(json_path.read_text())
     assert {name: len(each) for name, each in document["benches"].items()} == {
         "exact": 4,
+        "decode": 4,
         "latency": 4,
         "memory": 1,
     }
@@ -103,6 +113,9 @@ def test_list(cli, shapes):
         "exact tiny/float32",
         "exact tiny/bfloat16",
         "exact append/float32",
+        "decode row/float32",
+        "decode row/bfloat16",
+        "decode pages/float32",
         "latency small/float32",
         "memory long/float32",
     ]
@@ -117,7 +130,7 @@ def test_list_of_some(cli, shapes):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["exactly"], "unknown benchmark exactly; there are exact, latency, memory"),
+        (["exactly"], "unknown benchmark exactly; there are exact, decode, latency, memory"),
         (["--filter", "nothing*"], "--filter: no shape matches 'nothing*'"),
         (["latency", "--filter", "causal*"], "--filter: no shape matches 'causal*'"),
         (["--shapes", "absent.toml"], "cannot read absent.toml: No such file or directory"),

@@ -44,6 +44,15 @@ def test_one_unlucky_probe_does_not_count(monkeypatch, keep_threads):
     assert contenders.peak("bf16", 1, use_torch=False).measure() == 4.6e11
 
 
+def test_reading_is_probed_over_the_same_arrays(monkeypatch, keep_threads):
+    asked = []
+    rates = iter([3e10, 1e10, 2e10])
+    monkeypatch.setattr(_native, "probe_read", lambda *arguments: asked.append(arguments) or next(rates))
+    contender = contenders.read(("keys", "values"), 2, use_torch=False)
+    assert (contender.name, contender.measure()) == ("read/2", 2e10)
+    assert asked == [(["keys", "values"], 2)] * 3
+
+
 def test_threads_of_both(keep_threads):
     torch = pytest.importorskip("torch")
     contenders.set_threads(1, use_torch=True)

@@ -5,6 +5,7 @@ import pytest
 
 import subquad
 from subquad.cli.bench import contenders, tensors, verify
+from subquad.cli.bench.decode_shape import DecodeShape
 from subquad.cli.bench.shapes import Shape
 
 SIZES = {"heads": 4, "kv_heads": 2, "keys": 50, "head_dim_v": 5, "causal": True}
@@ -99,6 +100,23 @@ def test_rows_of_the_reference_are_rows_of_the_whole():
         whole = verify.exact.attention(*inputs, causal=shape.causal)
         for rows in verify._rows(shape):
             assert verify._oracle_error(shape, inputs, whole, 2, rows) < 1e-14
+
+
+@pytest.mark.parametrize("place", [(0, 0, 0, 0), (1, 0, 3, 7), (2, 0, 2, 4)])
+def test_sequences_of_their_own_lengths(place):
+    shape = DecodeShape(
+        "a", head_dim=8, dtypes=("float32",), batch=3, heads=4, kv_heads=2, lengths=(5, 11, 8)
+    )
+    inputs = tensors.make_inputs(shape, "float32", use_torch=False)
+    out = np.concatenate(
+        [
+            verify.exact.attention(inputs.q[[entry]], inputs.k[[entry], :length], inputs.v[[entry], :length])
+            for entry, length in enumerate(shape.lengths)
+        ]
+    ).astype(np.float32)
+    assert verify.check(shape, "float32", inputs, out, None).failure == ""
+    out[place] = np.nan
+    assert verify.check(shape, "float32", inputs, out, None).failure != ""
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])

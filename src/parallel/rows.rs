@@ -1,81 +1,8 @@
-//! Threads, and the entry into an instruction set. The only home of `rayon`.
-//!
-//! [`for_each_tile`] is the one way to run in parallel and the one way to enter an instruction set, exactly once per task:
-//! a closure that a vectorised function hands to a thread pool would be compiled for the baseline.
-//!
-//! Tasks are handed out one at a time in index order, so that uneven ones even out; a task's result depends on its index alone,
-//! which makes results independent of the number of threads.
+//! Outputs that tasks share: each row is written by one of them.
 
-use crate::simd::{Level, Task};
-use arc_swap::ArcSwapOption;
-use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::marker::PhantomData;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-/// The helpers of the calling thread: one fewer than the threads in use.
-struct Pool {
-    helpers: usize,
-    /// Threads do not survive a fork: a pool of another process is never used.
-    process: u32,
-    threads: ThreadPool,
-}
-
-static POOL: ArcSwapOption<Pool> = ArcSwapOption::const_empty();
-
-/// Largest number of threads that can be asked for.
-pub const MAX_THREADS: usize = 1024;
-
-/// The processors that this process may use, cgroup quotas included.
-pub fn available_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS)
-}
-
-fn pool(helpers: usize) -> Option<Arc<Pool>> {
-    let process = std::process::id();
-    if let Some(pool) = &*POOL.load()
-        && pool.process == process
-        && pool.helpers == helpers
-    {
-        return Some(Arc::clone(pool));
-    }
-    let threads = ThreadPoolBuilder::new().num_threads(helpers).thread_name(|i| format!("subquad-{i}")).build().ok()?;
-    let pool = Arc::new(Pool { helpers, process, threads });
-    if let Some(old) = POOL.swap(Some(Arc::clone(&pool)))
-        && old.process != process
-    {
-        // Its threads are in the parent, and so may be the holders of its locks: dropping it could wait for ever.
-        std::mem::forget(old);
-    }
-    Some(pool)
-}
-
-/// Runs tasks `0..count` at `level` on up to `threads` threads, the calling one included.
-///
-/// Serial when one thread suffices, when called from one of the pool's own threads, and when the system gives no threads.
-pub fn for_each_tile(level: Level, threads: usize, count: usize, task: &(impl Task + Sync)) {
-    let next = AtomicUsize::new(0);
-    let work = || {
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            if index >= count {
-                break;
-            }
-            level.run(task, index);
-        }
-    };
-    let threads = threads.min(MAX_THREADS);
-    let helpers = if rayon::current_thread_index().is_some() { 0 } else { threads.min(count).saturating_sub(1) };
-    match if helpers == 0 { None } else { pool(threads - 1) } {
-        None => work(),
-        Some(pool) => pool.threads.in_place_scope(|scope| {
-            for _ in 0..helpers {
-                scope.spawn(|_| work());
-            }
-            work();
-        }),
-    }
-}
+#[cfg(debug_assertions)]
+use std::sync::atomic::Ordering;
 
 /// A writable `[B, S, H, D]` array whose rows are handed out to tasks, each row to one task.
 ///
@@ -162,42 +89,6 @@ pub fn axes_are_disjoint(mut axes: Vec<(usize, usize)>, width: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::simd::Isa;
-    use std::sync::Mutex;
-
-    struct Collect(Mutex<Vec<usize>>);
-    impl Task for Collect {
-        #[inline(always)]
-        fn run<I: Isa>(&self, index: usize) {
-            self.0.lock().unwrap().push(index);
-        }
-    }
-
-    #[test]
-    fn every_task_runs_once_at_any_thread_count() {
-        for threads in [1, 2, 5] {
-            let seen = Collect(Mutex::new(Vec::new()));
-            for_each_tile(Level::Scalar, threads, 100, &seen);
-            let mut seen = seen.0.into_inner().unwrap();
-            seen.sort_unstable();
-            assert_eq!(seen, (0..100).collect::<Vec<_>>());
-        }
-    }
-
-    struct Nested;
-    impl Task for Nested {
-        #[inline(always)]
-        fn run<I: Isa>(&self, _index: usize) {
-            let inner = Collect(Mutex::new(Vec::new()));
-            for_each_tile(Level::Scalar, 4, 3, &inner);
-            assert_eq!(inner.0.into_inner().unwrap().len(), 3);
-        }
-    }
-
-    #[test]
-    fn nested_calls_finish() {
-        for_each_tile(Level::Scalar, 3, 8, &Nested);
-    }
 
     #[test]
     fn disjointness() {
