@@ -101,4 +101,3 @@ def quick(monkeypatch) -> None:
     monkeypatch.setattr("subquad.cli.bench.timing._SAMPLE_SECONDS", 1e-4)
     monkeypatch.setattr("subquad.cli.bench.timing._WARM_SECONDS", 0.0)
     monkeypatch.setattr("subquad.cli.bench.contenders._PROBE_SECONDS", 1e-4)
-    monkeypatch.setattr("subquad.cli.bench.contenders._READ_SECONDS", 1e-4)
