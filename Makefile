@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rust test-debug test-python lint fmt bench fuzz valgrind clean
+.PHONY: help demo test test-rust test-debug test-python test-slow lint fmt bench fuzz valgrind clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -42,6 +42,9 @@ test-python: install-dev ## Python tests: all, then the kernels' at every level,
 	for level in scalar avx2 avx512; do SUBQUAD_ISA=$$level $(PYTEST) $(KERNEL_TESTS) || exit 1; done
 	SUBQUAD_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS)
 	SUBQUAD_BLOCK_Q=1 SUBQUAD_BLOCK_K=8 $(PYTEST) $(KERNEL_TESTS)
+
+test-slow: install-dev ## what takes minutes: generation with real weights and a long prompt
+	$(PYTEST) -m slow tests/python
 
 lint: install-dev ## formatting, clippy, ruff, types, layers
 	cargo fmt --check

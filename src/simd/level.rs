@@ -63,7 +63,16 @@ impl Level {
         Self::ALL.into_iter().filter(|&level| level <= Self::detected())
     }
 
-    /// The level in use: the detected one, or a lower one named by `SUBQUAD_ISA`, read once.
+    /// The fastest level of this machine: the highest, except that Intel's cores form a bf16 dot product in the time of two
+    /// float32 ones, of which each does half as much, so that widening is twice as fast (measured on Xeons of the fifth generation).
+    pub fn preferred() -> Self {
+        match Self::detected() {
+            Self::Avx512Bf16 if is_intel() => Self::Avx512,
+            level => level,
+        }
+    }
+
+    /// The level in use: the preferred one, or one up to the detected that `SUBQUAD_ISA` names, read once.
     ///
     /// # Errors
     /// The variable's value when it names no level.
@@ -73,7 +82,7 @@ impl Level {
             .get_or_init(|| match std::env::var(ISA_VARIABLE) {
                 Ok(name) if !name.is_empty() => Self::from_name(&name).map(|l| l.min(Self::detected())).ok_or(name),
                 Err(std::env::VarError::NotUnicode(name)) => Err(name.to_string_lossy().into_owned()),
-                _ => Ok(Self::detected()),
+                _ => Ok(Self::preferred()),
             })
             .clone()
     }
@@ -97,6 +106,12 @@ impl Level {
     }
 }
 
+/// Whether Intel made the processor.
+fn is_intel() -> bool {
+    let leaf = std::arch::x86_64::__cpuid(0);
+    [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).as_flattened() == b"GenuineIntel"
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -111,5 +126,6 @@ mod tests {
         }
         assert_eq!(Level::from_name("sse9"), None);
         assert_eq!(Level::available().next(), Some(Level::Scalar));
+        assert!(Level::preferred() <= Level::detected());
     }
 }

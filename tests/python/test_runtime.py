@@ -124,6 +124,10 @@ def test_show_config(capsys, levels):
 def test_probes_measure():
     flops = subquad._native.probe_peak("f32", seconds=0.01, num_threads=1)
     assert 1e8 < flops < 1e13
-    assert 1e7 < subquad._native.probe_read([np.ones(1 << 20, "f4"), np.ones((3, 5), "f2")], num_threads=1) < 1e13
+    assert (
+        1e7
+        < subquad._native.probe_read([np.ones(1 << 20, "f4"), np.ones((3, 5), "f2")], num_threads=1)
+        < 1e13
+    )
     slow = subquad._native.probe_peak("f32", level="scalar", seconds=0.01, num_threads=1)
     assert 1e7 < slow < 1e12
