@@ -6,7 +6,7 @@
 //! Tasks are handed out one at a time in index order, so that uneven ones even out; a task's result depends on its index alone,
 //! which makes results independent of the number of threads.
 //!
-//! The threads are those of the OpenMP runtime of the host library where there is one ([`openmp`]), else our own ([`pool`]).
+//! The threads are those of the OpenMP runtime of the host library where there is one ([`openmp`]), else our own (`pool`).
 
 pub mod openmp;
 mod pool;
