@@ -154,6 +154,8 @@ fn sweep<T: SimdElement>(tolerance: f64) {
         (17, 40, (6, 1), (96, 192)),
         (1, 700, (8, 2), (128, 128)),
         (3, 1000, (4, 1), (80, 72)),
+        (5, 300, (4, 1), (33, 40)),
+        (16, 330, (3, 1), (64, 64)),
     ] {
         let s = shape(2, q, k, heads, dims);
         for mask in masks(s) {
@@ -196,9 +198,9 @@ fn wide_heads_and_long_rows() {
 
 #[test]
 fn negative_and_zero_scale() {
-    let s = shape(1, 33, 70, (1, 1), (16, 16));
-    for scale in [-0.7, 0.0] {
-        let mut case = Case::<f32>::new(s, Mask::causal_bottom_right(33, 70), 3.0);
+    for (q, scale) in [(33, -0.7), (33, 0.0), (12, -0.7), (20, -0.7), (12, 0.0)] {
+        let s = shape(1, q, 70, (1, 1), (16, 16));
+        let mut case = Case::<f32>::new(s, Mask::causal_bottom_right(q, 70), 3.0);
         case.scale = scale;
         case.check(BiasKind::None, Blocking::default(), 2e-6);
         case.check(BiasKind::Dense, Blocking::default(), 2e-6);

@@ -1,7 +1,7 @@
 //! Arguments: PyTorch tensors, NumPy arrays and whatever speaks DLPack, seen as one type without copying.
 
 use super::dlpack::Memory;
-use super::torch;
+use super::{enter, torch};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::tensor::{extent, shape_text};
@@ -84,6 +84,16 @@ pub enum Layout {
     InPlace,
 }
 
+/// Refuses NumPy's masked arrays: their masks would be ignored without a word.
+fn refuse_masked(arg: &'static str, array: &Bound<'_, PyAny>) -> PyResult<()> {
+    let is_subclass = !array.get_type().is(array.py().get_type::<PyUntypedArray>());
+    if is_subclass && array.hasattr(pyo3::intern!(array.py(), "filled"))? {
+        let expected = "a plain array (`filled` gives one; keys are hidden by a bias)".into();
+        return Err(Error::Kind { arg, expected, got: "a masked array".into() }.into());
+    }
+    Ok(())
+}
+
 impl<'py> Array<'py> {
     /// Views `object`, or a copy of it where its strides ask for one.
     ///
@@ -132,7 +142,9 @@ impl<'py> Array<'py> {
 
     /// The view, or the kind of an array that has to be copied because its strides are negative or its elements misaligned.
     fn view(arg: &'static str, object: &Bound<'py, PyAny>) -> PyResult<Result<Self, Kind>> {
+        enter::find_numpy(object.py())?;
         if let Ok(array) = object.cast::<PyUntypedArray>() {
+            refuse_masked(arg, object)?;
             return Ok(numpy_array(arg, object, array).ok_or(Kind::NumPy));
         }
         if !torch::is_tensor(object)? {

@@ -115,13 +115,19 @@ fn side(n: Option<i64>) -> String {
 
 /// Options of `FlashAttention`'s function that are not served yet, or that say "off" in its own way.
 fn refuse_unsupported(
-    window_size: Option<(Option<i64>, Option<i64>)>,
+    window_size: Option<&Bound<'_, PyAny>>,
     softcap: Option<f64>,
     alibi_slopes: Option<&Bound<'_, PyAny>>,
 ) -> Result<(), Error> {
+    type Sides = (Option<i64>, Option<i64>);
     let unsupported =
         |what: String| Err(Error::Unsupported { what, instead: "pass None, or a bias to subquad.attention".into() });
-    if let Some((left, right)) = window_size
+    let window_size = window_size.map(|sides| {
+        let got = || sides.repr().map_or_else(|_| "another object".into(), |text| text.to_string());
+        let expected = || "None or a pair, each an integer or None".into();
+        sides.extract::<Sides>().map_err(|_| Error::Kind { arg: "window_size", expected: expected(), got: got() })
+    });
+    if let Some((left, right)) = window_size.transpose()?
         && left.max(right).is_some_and(|n| n >= 0)
     {
         return unsupported(format!("window_size: a window of {} to the left and {} to the right", side(left), side(right)));
@@ -280,7 +286,7 @@ pub fn attention_with_kvcache<'py>(
     block_table: Option<&Bound<'py, PyAny>>,
     softmax_scale: Option<f64>,
     causal: bool,
-    window_size: Option<(Option<i64>, Option<i64>)>,
+    window_size: Option<&Bound<'py, PyAny>>,
     softcap: Option<f64>,
     rotary_interleaved: bool,
     alibi_slopes: Option<&Bound<'py, PyAny>>,

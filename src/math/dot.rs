@@ -1,8 +1,9 @@
-//! Scores of few queries: dot products along the contiguous axis, reduced across lanes sixteen at a time.
+//! Scores of few queries: dot products along the contiguous axis, reduced across lanes sixteen at a time; with as many queries as
+//! lanes, the queries in the lanes.
 
 use super::load::{MAX_LANES, load_row};
 use crate::dtype::Float;
-use crate::simd::{Isa, RowBlock, SimdElement, Vector, VectorKernel, dot_tile};
+use crate::simd::{BLOCK_ROWS, Isa, RowBlock, SimdElement, Vector, VectorKernel, cross_tile, dot_tile};
 
 /// Writes the products of every row of queries with the first `count` keys: `scores[r * scores_stride + j]`.
 ///
@@ -108,4 +109,55 @@ fn sum_lanes<T: SimdElement, I: Isa, const KEYS: usize, const ROWS: usize>(
     let mut products = [T::Acc::ZERO; MAX_LANES];
     T::V::<I>::sum_rows(block).store(&mut products);
     products
+}
+
+/// Vectors of queries for which [`cross_scores`] is the faster form, if it is: more than half of their lanes are queries.
+pub fn cross_vectors<T: SimdElement, I: Isa>(head_dim: usize, rows: usize) -> Option<usize> {
+    let lanes = T::V::<I>::LANES;
+    let vectors = rows.div_ceil(lanes);
+    let fits = T::Kernel::<I>::READY && I::REGISTERS >= 32 && head_dim.is_multiple_of(T::Kernel::<I>::DEPTH);
+    (fits && vectors <= MAX_CROSS && 2 * rows > lanes).then_some(vectors)
+}
+
+/// Most vectors of queries of [`cross_scores`].
+pub const MAX_CROSS: usize = 2;
+
+/// Writes the products of all keys with `vectors` vectors of queries, those of a key in a row: `scores[j * vectors * LANES + r]`.
+///
+/// `queries` is `[head_dim / DEPTH, vectors * LANES]`. Keys `ahead` are requested meanwhile.
+///
+/// # Panics
+/// When `vectors` is not 1 or 2.
+#[inline(always)]
+pub fn cross_scores<T: SimdElement, I: Isa>(
+    keys: (&RowBlock<'_, T>, &RowBlock<'_, T>),
+    queries: &[T::Acc],
+    vectors: usize,
+    scores: &mut [T::Acc],
+) {
+    match vectors {
+        1 => cross_tiles::<T, I, 1, 2>(keys, queries, scores),
+        2 => cross_tiles::<T, I, MAX_CROSS, 1>(keys, queries, scores),
+        other => unreachable!("{other} vectors"),
+    }
+}
+
+#[inline(always)]
+fn cross_tiles<T: SimdElement, I: Isa, const N: usize, const SETS: usize>(
+    keys: (&RowBlock<'_, T>, &RowBlock<'_, T>),
+    queries: &[T::Acc],
+    scores: &mut [T::Acc],
+) {
+    /// Keys of a tile: with `N * SETS = 2`, 16 accumulators.
+    const KEYS: usize = 8;
+    let lanes = T::V::<I>::LANES;
+    let depth = keys.0.width() / T::Kernel::<I>::DEPTH;
+    for j in (0..BLOCK_ROWS).step_by(KEYS) {
+        let sums = cross_tile::<T, T::Kernel<I>, KEYS, N, SETS, true>(keys, j, queries, depth);
+        for (i, row) in sums.iter().enumerate() {
+            for (v, sum) in row.iter().enumerate() {
+                sum.store(&mut scores[((j + i) * N + v) * lanes..]);
+            }
+        }
+    }
 }

@@ -35,6 +35,20 @@ pub fn step<T: SimdElement, I: Isa>(m: T::V<I>, peak: T::V<I>) -> Step<T::V<I>> 
     Step { m: new, alpha: exp2::<T, I>(m.sub(base)), base }
 }
 
+/// The maximum over `keys` rows of `scale` times the scores.
+#[inline(always)]
+pub fn column_peak<T: SimdElement, I: Isa>(column: &Column<'_, T::Acc>, keys: usize, scale: T::V<I>) -> T::V<I> {
+    let mut peaks = [T::V::<I>::splat(T::Acc::NEG_INFINITY); 2];
+    for j in (0..keys).step_by(2) {
+        for (i, peak) in peaks.iter_mut().enumerate() {
+            // The last row of an odd number counts twice.
+            let row = (j + i).min(keys - 1) * column.stride;
+            *peak = peak.max(T::V::<I>::load(&column.rows[row..]).mul(scale));
+        }
+    }
+    peaks[0].max(peaks[1])
+}
+
 /// Turns `keys` rows of scores into rows of probability operands `2^(s * scale - base)`, in place, and returns their sum.
 ///
 /// Operand row `i` holds keys `DEPTH * i ..`; a missing last key counts as probability 0. With `MASKED`, a score of `-inf`

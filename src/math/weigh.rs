@@ -4,6 +4,17 @@ use super::load::MAX_LANES;
 use crate::dtype::Float;
 use crate::simd::{BLOCK_ROWS, Isa, RowBlock, SimdElement, Vector, VectorKernel, weigh_tile};
 
+/// Probabilities as operands.
+#[derive(Clone, Copy)]
+pub struct Probabilities<'a, E> {
+    /// From the first row's first key on.
+    pub data: &'a [E],
+    /// Elements from one row to the next.
+    pub row_stride: usize,
+    /// Elements from one operand of a row to the next.
+    pub key_step: usize,
+}
+
 /// Elements of an accumulator row: whole pairs of vectors.
 pub fn acc_stride<T: SimdElement, I: Isa>(head_dim_v: usize) -> usize {
     head_dim_v.next_multiple_of(2 * T::V::<I>::LANES)
@@ -11,20 +22,18 @@ pub fn acc_stride<T: SimdElement, I: Isa>(head_dim_v: usize) -> usize {
 
 /// `acc[r] = alpha[r] * acc[r] + probs[r] . values` for `alpha.len()` rows, in the order of `load_rows_shuffled`.
 ///
-/// The first `count` values are weighed, whole operands of them; `probs` are operands, rows of `probs_stride`. Values `ahead` are
-/// requested meanwhile.
+/// The first `count` values are weighed, whole operands of them. Values `ahead` are requested meanwhile.
 #[inline(always)]
 pub fn accumulate<T: SimdElement, I: Isa>(
     (values, ahead): (&RowBlock<'_, T>, &RowBlock<'_, T>),
     count: usize,
-    (probs, probs_stride): (&[T::Acc], usize),
+    probs: Probabilities<'_, T::Acc>,
     alpha: &[T::Acc],
     acc: &mut [T::Acc],
 ) {
     let width = 2 * T::V::<I>::LANES;
     let head_dim_v = values.width();
     let whole = head_dim_v / width * width;
-    let probs = (probs, probs_stride);
     let stride = acc_stride::<T, I>(head_dim_v);
     let mut first = 0;
     while first < whole {
@@ -52,13 +61,13 @@ fn columns<T: SimdElement, I: Isa, const HALF: usize>(
     values: (&RowBlock<'_, T>, &RowBlock<'_, T>),
     count: usize,
     (first, column): (usize, usize),
-    (probs, probs_stride): (&[T::Acc], usize),
+    probs: Probabilities<'_, T::Acc>,
     alpha: &[T::Acc],
     (acc, stride): (&mut [T::Acc], usize),
 ) -> usize {
     let mut row = 0;
     while row < alpha.len() {
-        let probs = (&probs[row * probs_stride..], probs_stride);
+        let probs = Probabilities { data: &probs.data[row * probs.row_stride..], ..probs };
         let acc = (&mut acc[row * stride + column..], stride);
         let alpha = &alpha[row..];
         row += if row == 0 {
@@ -75,7 +84,7 @@ fn columns<T: SimdElement, I: Isa, const HALF: usize>(
 fn some_rows<T: SimdElement, I: Isa, const HALF: usize, const FETCH: bool>(
     values: (&RowBlock<'_, T>, &RowBlock<'_, T>),
     places: (usize, usize),
-    probs: (&[T::Acc], usize),
+    probs: Probabilities<'_, T::Acc>,
     alpha: &[T::Acc],
     acc: (&mut [T::Acc], usize),
 ) -> usize {
@@ -90,7 +99,7 @@ fn some_rows<T: SimdElement, I: Isa, const HALF: usize, const FETCH: bool>(
 fn tile<T: SimdElement, I: Isa, const ROWS: usize, const HALF: usize, const FETCH: bool>(
     values: (&RowBlock<'_, T>, &RowBlock<'_, T>),
     (count, first): (usize, usize),
-    (probs, probs_stride): (&[T::Acc], usize),
+    probs: Probabilities<'_, T::Acc>,
     alpha: &[T::Acc],
     (acc, stride): (&mut [T::Acc], usize),
 ) -> usize {
@@ -98,14 +107,14 @@ fn tile<T: SimdElement, I: Isa, const ROWS: usize, const HALF: usize, const FETC
     let mut sums = [[[T::V::<I>::splat(T::Acc::ZERO); 2]; HALF]; ROWS];
     let mut rows: [&[T::Acc]; ROWS] = [&[]; ROWS];
     for r in 0..ROWS {
-        rows[r] = &probs[r * probs_stride..(r + 1) * probs_stride];
+        rows[r] = &probs.data[r * probs.row_stride..];
         for h in 0..HALF {
             for (half, sum) in sums[r][h].iter_mut().enumerate() {
                 *sum = T::V::<I>::load(&acc[r * stride + (2 * h + half) * lanes..]).mul(T::V::<I>::splat(alpha[r]));
             }
         }
     }
-    let sums = weigh_tile::<T, T::Kernel<I>, ROWS, HALF, FETCH>(values, count, first, rows, sums);
+    let sums = weigh_tile::<T, T::Kernel<I>, ROWS, HALF, FETCH>(values, count, first, (rows, probs.key_step), sums);
     for (r, row) in sums.iter().enumerate() {
         for (h, halves) in row.iter().enumerate() {
             for (half, sum) in halves.iter().enumerate() {

@@ -15,6 +15,10 @@ pub trait VectorKernel<T: SimdElement>: 'static {
     /// Inputs per operand.
     const DEPTH: usize;
 
+    /// Whether operands lie in rows as they are, so that [`VectorKernel::broadcast`] is a single load.
+    const READY: bool;
+    /// The operand of the first `DEPTH` elements of a row, in all lanes.
+    fn broadcast(src: &[T]) -> Self::V;
     /// Operands of the first `DEPTH * LANES` elements of a row, adjacent along the reduced axis.
     fn load_row(src: &[T]) -> Self::V;
     /// Operands of the first `LANES` elements of `DEPTH` rows that are adjacent along the reduced axis; `rows[DEPTH..]` is ignored.
@@ -40,7 +44,12 @@ pub struct Widen<I, T>(PhantomData<(I, T)>);
 impl<I: Isa, T: SimdElement> VectorKernel<T> for Widen<I, T> {
     type V = T::V<I>;
     const DEPTH: usize = 1;
+    const READY: bool = size_of::<T>() == size_of::<T::Acc>();
 
+    #[inline(always)]
+    fn broadcast(src: &[T]) -> Self::V {
+        Self::V::splat(src[0].to_acc())
+    }
     #[inline(always)]
     fn load_row(src: &[T]) -> Self::V {
         T::load::<I>(src)
@@ -83,7 +92,12 @@ pub struct PairDot<I>(PhantomData<I>);
 impl<I: Bf16Pairs> VectorKernel<bf16> for PairDot<I> {
     type V = I::F32;
     const DEPTH: usize = 2;
+    const READY: bool = true;
 
+    #[inline(always)]
+    fn broadcast(src: &[bf16]) -> Self::V {
+        I::F32::splat(f32::from_bits(u32::from(src[1].to_bits()) << 16 | u32::from(src[0].to_bits())))
+    }
     #[inline(always)]
     fn load_row(src: &[bf16]) -> Self::V {
         I::load_pairs(src)

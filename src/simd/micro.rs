@@ -81,23 +81,97 @@ pub fn dot_tile<T: SimdElement, K: VectorKernel<T>, const KEYS: usize, const ROW
     sums
 }
 
-/// `acc[r][v] + sum over k < count of probs[r][k] . values[k][first..][v]`, `2 * HALF` vectors wide, in the order of
+/// Dot products of the `KEYS` rows from `first` on with `N` vectors of operands, the products of a row in the lanes: `queries` is
+/// `[depth, N * LANES]`. `FETCH` as in [`dot_tile`].
+///
+/// Per step: `N` operand loads and `KEYS` broadcasts from memory for `KEYS * N` multiply-accumulates, and nothing to reduce. Steps
+/// take turns on `SETS` sets of accumulators: eight alone would wait for each other.
+///
+/// # Panics
+/// When a row is shorter than `depth` operands, or `queries` is.
+#[inline(always)]
+pub fn cross_tile<T: SimdElement, K: VectorKernel<T>, const KEYS: usize, const N: usize, const SETS: usize, const FETCH: bool>(
+    (keys, ahead): (&RowBlock<'_, T>, &RowBlock<'_, T>),
+    first: usize,
+    queries: &[T::Acc],
+    depth: usize,
+) -> [[K::V; N]; KEYS] {
+    let lanes = K::V::LANES;
+    assert!(keys.width() >= depth * K::DEPTH, "cross_tile: keys are too short");
+    assert!(queries.len() >= depth * N * lanes, "cross_tile: queries are too short");
+    let mut sets = [[[K::V::splat(<T::Acc as crate::dtype::Float>::ZERO); N]; KEYS]; SETS];
+    let starts: [_; KEYS] = std::array::from_fn(|i| keys.start(first + i));
+    // One vector of a row is one cache line.
+    for line in (0..depth).step_by(lanes) {
+        if FETCH {
+            for i in 0..KEYS {
+                prefetch_line(ahead.start(first + i).wrapping_add(line * K::DEPTH));
+            }
+        }
+        let end = depth.min(line + lanes);
+        let mut d = line;
+        while d + SETS <= end {
+            for (s, sums) in sets.iter_mut().enumerate() {
+                cross_step::<T, K, KEYS, N>(&starts, queries, d + s, sums);
+            }
+            d += SETS;
+        }
+        while d < end {
+            cross_step::<T, K, KEYS, N>(&starts, queries, d, &mut sets[0]);
+            d += 1;
+        }
+    }
+    let mut total = sets[0];
+    for set in &sets[1..] {
+        for (total, sum) in total.as_flattened_mut().iter_mut().zip(set.as_flattened()) {
+            *total = total.add(*sum);
+        }
+    }
+    total
+}
+
+/// Step `d` of [`cross_tile`], which checks that rows and queries reach beyond it.
+#[inline(always)]
+#[expect(unsafe_code, reason = "bounds are asserted by the only caller")]
+fn cross_step<T: SimdElement, K: VectorKernel<T>, const KEYS: usize, const N: usize>(
+    starts: &[*const T; KEYS],
+    queries: &[T::Acc],
+    d: usize,
+    sums: &mut [[K::V; N]; KEYS],
+) {
+    let lanes = K::V::LANES;
+    let mut columns = sums[0];
+    for (v, column) in columns.iter_mut().enumerate() {
+        // SAFETY: `d < depth`, and `queries` holds that many rows of `N * lanes`.
+        *column = K::V::load(unsafe { std::slice::from_raw_parts(queries.as_ptr().add((d * N + v) * lanes), lanes) });
+    }
+    for (key, sums) in starts.iter().zip(sums) {
+        // SAFETY: `d < depth`, and a row holds that many operands.
+        let key = K::broadcast(unsafe { std::slice::from_raw_parts(key.add(d * K::DEPTH), K::DEPTH) });
+        for (sum, &column) in sums.iter_mut().zip(&columns) {
+            *sum = K::mul_acc(key, column, *sum);
+        }
+    }
+}
+
+/// `acc[r][v] + sum over k < count of probs[r][k * key_step] . values[k][first..][v]`, `2 * HALF` vectors wide, in the order of
 /// [`VectorKernel::load_rows_shuffled`]. `FETCH` as in [`dot_tile`].
 ///
 /// # Panics
-/// When values end before the last vector, or `probs` has fewer than `count / DEPTH` operands in a row.
+/// When values end before the last vector, or `probs` has too few operands in a row.
 #[inline(always)]
 #[expect(unsafe_code, reason = "bounds of all rows are asserted before they are read")]
 pub fn weigh_tile<T: SimdElement, K: VectorKernel<T>, const ROWS: usize, const HALF: usize, const FETCH: bool>(
     (values, ahead): (&RowBlock<'_, T>, &RowBlock<'_, T>),
     count: usize,
     first: usize,
-    probs: [&[T::Acc]; ROWS],
+    (probs, key_step): ([&[T::Acc]; ROWS], usize),
     mut acc: [[[K::V; 2]; HALF]; ROWS],
 ) -> [[[K::V; 2]; HALF]; ROWS] {
     let width = 2 * K::V::LANES;
     let steps = count / K::DEPTH;
-    assert!(probs.iter().all(|row| row.len() >= steps), "weigh_tile: too few probabilities");
+    let last = steps.saturating_sub(1) * key_step;
+    assert!(probs.iter().all(|row| row.len() > last), "weigh_tile: too few probabilities");
     assert!(values.width() >= first + HALF * width, "weigh_tile: values are too short");
     for k in 0..steps {
         let pair = [k * K::DEPTH, k * K::DEPTH + K::DEPTH - 1];
@@ -117,7 +191,7 @@ pub fn weigh_tile<T: SimdElement, K: VectorKernel<T>, const ROWS: usize, const H
             let columns = K::load_rows_shuffled(rows);
             for (row, acc) in probs.iter().zip(&mut acc) {
                 // SAFETY: `k < steps`, and every row has that many operands.
-                let p = K::V::splat(unsafe { *row.as_ptr().add(k) });
+                let p = K::V::splat(unsafe { *row.as_ptr().add(k * key_step) });
                 acc[h][0] = K::mul_acc(p, columns[0], acc[h][0]);
                 acc[h][1] = K::mul_acc(p, columns[1], acc[h][1]);
             }

@@ -18,7 +18,7 @@ mod row_block;
 pub use element::SimdElement;
 pub use kernel::{PairDot, VectorKernel, Widen};
 pub use level::Level;
-pub use micro::{dot_tile, tile, weigh_tile};
+pub use micro::{cross_tile, dot_tile, tile, weigh_tile};
 pub use prefetch::prefetch;
 pub use probe::{ProbeKind, peak_flops_loop, sum_bytes};
 pub use row_block::{BLOCK_ROWS, RowBlock};

@@ -14,8 +14,10 @@ use super::{ExactArgs, ExactOut};
 use crate::dtype::Float;
 use crate::math::dot;
 use crate::math::load::{MAX_LANES, load_row};
-use crate::math::online_softmax::{log_sum_exp, row_probabilities, row_scores, rows_step, scale_base2};
-use crate::math::weigh::{self, acc_stride};
+use crate::math::online_softmax::{
+    Column, column_peak, log_sum_exp, probabilities, row_probabilities, row_scores, rows_step, scale_base2, step,
+};
+use crate::math::weigh::{self, Probabilities, acc_stride};
 use crate::parallel::{RowWriter, for_each_tile};
 use crate::simd::{BLOCK_ROWS, Isa, Level, RowBlock, SimdElement, Task, Vector, VectorKernel};
 use crate::tensor::MAX_HEAD_DIM;
@@ -94,16 +96,24 @@ impl<T: SimdElement> Task for Decode<'_, T> {
         let depth = T::Kernel::<I>::DEPTH;
         let query_stride = padded::<T::Acc>(shape.head_dim.div_ceil(depth).next_multiple_of(lanes));
         let stride = acc_stride::<T, I>(shape.head_dim_v);
-        let lengths = [piece.rows * query_stride, piece.rows * BLOCK_ROWS, piece.rows * stride];
+        let cross = dot::cross_vectors::<T, I>(shape.head_dim, piece.rows);
+        let width = cross.unwrap_or(0) * lanes;
+        let lengths = [piece.rows * query_stride, query_stride * width, piece.rows.max(width) * BLOCK_ROWS, piece.rows * stride];
         let mut scratch = Scratch::take::<T::Acc>(lengths.iter().sum());
         let (queries, rest) = scratch.as_mut_slice::<T::Acc>().split_at_mut(lengths[0]);
-        let (scores, rest) = rest.split_at_mut(lengths[1]);
-        let acc = &mut rest[..lengths[2]];
+        let (columns, rest) = rest.split_at_mut(lengths[1]);
+        let (scores, rest) = rest.split_at_mut(lengths[2]);
+        let acc = &mut rest[..lengths[3]];
         for r in 0..piece.rows {
             let (token, head) = self.position(&piece, r);
             let row = self.args.q.row(piece.batch, token, head);
             for d in (0..shape.head_dim.div_ceil(depth)).step_by(lanes) {
                 load_row::<T, I>(&row[d * depth..]).store(&mut queries[r * query_stride + d..]);
+            }
+        }
+        for (d, column) in columns.chunks_exact_mut(width.max(1)).enumerate() {
+            for (r, query) in column.iter_mut().enumerate() {
+                *query = if r < piece.rows { queries[r * query_stride + d] } else { T::Acc::ZERO };
             }
         }
         acc.fill(T::Acc::ZERO);
@@ -119,9 +129,18 @@ impl<T: SimdElement> Task for Decode<'_, T> {
             let [current, ahead] = &mut blocks;
             let next = keys.end..piece.keys.end.min(keys.end + BLOCK_ROWS);
             self.find(&piece, &next, ahead);
-            let operands = (&*queries, query_stride);
-            dot::scores::<T, I>((&current.keys, &ahead.keys), keys.len(), operands, piece.rows, (scores, BLOCK_ROWS));
-            self.weigh::<I>(&piece, &keys, (&mut current.values, &ahead.values), zeros, scores, &mut state);
+            match cross {
+                Some(vectors) if self.sees_all(&piece, &keys) => {
+                    dot::cross_scores::<T, I>((&current.keys, &ahead.keys), columns, vectors, scores);
+                    let values = (&current.values, &ahead.values);
+                    self.weigh_columns::<I>(piece.rows, vectors, values, scores, &mut state);
+                }
+                _ => {
+                    let operands = (&*queries, query_stride);
+                    dot::scores::<T, I>((&current.keys, &ahead.keys), keys.len(), operands, piece.rows, (scores, BLOCK_ROWS));
+                    self.weigh::<I>(&piece, &keys, (&mut current.values, &ahead.values), zeros, scores, &mut state);
+                }
+            }
             keys = next;
             blocks.swap(0, 1);
         }
@@ -175,6 +194,45 @@ impl<T: SimdElement> Decode<'_, T> {
             block.values.set_run(found, length, rows, stride);
             found += length;
         }
+    }
+
+    /// Whether `keys` are a whole block of which nothing is hidden from any row of the piece, and no bias is added.
+    #[inline(always)]
+    fn sees_all(&self, piece: &Piece, keys: &Range<usize>) -> bool {
+        // Later rows see more.
+        let visible = self.args.visible(piece.batch, self.position(piece, 0).0);
+        keys.len() == BLOCK_ROWS && self.args.bias.is_none() && visible.start <= keys.start && keys.end <= visible.end
+    }
+
+    /// As [`Decode::weigh`], for scores with the rows in `vectors` vectors of lanes and nothing hidden.
+    #[inline(always)]
+    fn weigh_columns<I: Isa>(
+        &self,
+        rows: usize,
+        vectors: usize,
+        values: (&RowBlock<'_, T>, &RowBlock<'_, T>),
+        scores: &mut [T::Acc],
+        state: &mut Running<'_, T::Acc>,
+    ) {
+        let lanes = T::V::<I>::LANES;
+        let scale = T::V::<I>::splat(scale_base2::<T::Acc>(self.args.scale));
+        let mut alphas = [T::Acc::ZERO; MAX_ROWS];
+        for first in (0..vectors * lanes).step_by(lanes) {
+            let mut column = Column { rows: &mut scores[first..], stride: vectors * lanes };
+            let peak = column_peak::<T, I>(&column, BLOCK_ROWS, scale);
+            let step = step::<T, I>(T::V::<I>::load(&state.m[first..]), peak);
+            step.m.store(&mut state.m[first..]);
+            step.alpha.store(&mut alphas[first..]);
+            let mut sums = [T::Acc::ZERO; MAX_LANES];
+            probabilities::<T, I, false>(&mut column, BLOCK_ROWS, scale, step.base).store(&mut sums);
+            for (r, &sum) in (first..rows.min(first + lanes)).zip(&sums) {
+                let by_lane = &mut state.l[r * lanes..][..lanes];
+                T::V::<I>::load(by_lane).mul(T::V::<I>::splat(alphas[r])).store(by_lane);
+                by_lane[0] = T::Acc::from_f64(by_lane[0].to_f64() + sum.to_f64());
+            }
+        }
+        let probs = Probabilities { data: scores, row_stride: 1, key_step: vectors * lanes };
+        weigh::accumulate::<T, I>(values, BLOCK_ROWS, probs, &alphas[..rows], state.acc);
     }
 
     /// Turns a block's scores into probabilities and adds the weighted values.
@@ -233,7 +291,7 @@ impl<T: SimdElement> Decode<'_, T> {
             for scores in scores.chunks_exact_mut(BLOCK_ROWS).take(piece.rows) {
                 fold::<T, I>(scores, whole);
             }
-            let probs = (&*scores, BLOCK_ROWS);
+            let probs = Probabilities { data: scores, row_stride: BLOCK_ROWS, key_step: 1 };
             weigh::accumulate::<T, I>((values, ahead), whole, probs, &alphas[..piece.rows], state.acc);
             return;
         }
@@ -252,7 +310,8 @@ impl<T: SimdElement> Decode<'_, T> {
             let whole = count.next_multiple_of(depth);
             fold::<T, I>(scores, whole);
             let acc = &mut state.acc[r * stride..];
-            weigh::accumulate::<T, I>((&kept, &kept), whole, (scores, BLOCK_ROWS), &alphas[r..=r], acc);
+            let probs = Probabilities { data: scores, row_stride: BLOCK_ROWS, key_step: 1 };
+            weigh::accumulate::<T, I>((&kept, &kept), whole, probs, &alphas[r..=r], acc);
         }
     }
 }

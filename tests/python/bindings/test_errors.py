@@ -207,6 +207,7 @@ ERRORS = [
     # What is no array, and arrays of two libraries.
     ("Kind", attention(q="q"), "q", "__dlpack__", "str"),
     ("Kind", attention(q=[[0.0]]), "q", "__dlpack__", "list"),
+    ("Kind", attention(q=np.ma.masked_array(Q, mask=True)), "q", "plain array", "masked array"),
     ("Kind", attention(k=1.5), "k", "__dlpack__", "float"),
     ("Kind", attention(v=np.float32(1)), "v", "__dlpack__", r"numpy\.float32"),
     ("Kind", attention(q=memoryview(Q)), "q", "__dlpack__", "memoryview"),

@@ -111,12 +111,21 @@ def test_wrong_environment_is_one_line(process, variable):
     assert "many" in answer.err
 
 
+ENABLE_INTERRUPTS = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from subquad.cli import main
+sys.exit(main())
+"""
+
+
 def test_real_interrupt(tmp_path):
     shapes = tmp_path / "shapes.toml"
     shapes.write_text('[[exact]]\nname = "a"\nqueries = 16\nhead_dim = 8\ndtypes = ["float32"]\n')
     arguments = ["bench", "exact", "--no-torch", "--shapes", shapes, "--repeat", 9999, "--time-budget", 60]
     child = subprocess.Popen(
-        [sys.executable, "-m", "subquad", *map(str, arguments)],
+        # A shell without job control starts background jobs, perhaps this test run, with interrupts ignored.
+        [sys.executable, "-c", ENABLE_INTERRUPTS, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

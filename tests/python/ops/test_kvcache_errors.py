@@ -233,6 +233,13 @@ CASES = {
     ),
     # Options.
     "window": (rows, {"window_size": (5, -1)}, NotImplementedError, r"window_size: "),
+    "window of one side": (rows, {"window_size": 5}, TypeError, r"window_size: expected .* got 5$"),
+    "window of three sides": (
+        rows,
+        {"window_size": (1, 2, 3)},
+        TypeError,
+        r"window_size: .* got \(1, 2, 3\)$",
+    ),
     "window of the future": (rows, {"window_size": (None, 0)}, NotImplementedError, r"window_size: "),
     "soft-cap": (rows, {"softcap": 30.0}, NotImplementedError, r"softcap: "),
     "alibi": (rows, {"alibi_slopes": normal(4)}, NotImplementedError, r"alibi_slopes: "),
