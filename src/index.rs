@@ -38,7 +38,7 @@ impl KeyLayout {
 
     /// As [`KeyLayout::place`], and how many tokens from that one on lie one after the other.
     #[inline(always)]
-    pub fn run(&self, batch: usize, token: usize) -> ((usize, usize), usize) {
+    pub fn run_from(&self, batch: usize, token: usize) -> ((usize, usize), usize) {
         let place = self.place(batch, token);
         (place, self.pages.as_ref().map_or(usize::MAX, |pages| pages.page_size - place.1))
     }
@@ -85,7 +85,7 @@ mod tests {
         let mut layout = KeyLayout { ranges: vec![0..20, 0..32], rows: None, pages: Some(pages) };
         assert_eq!(layout.place(0, 17), (1, 1));
         assert_eq!(layout.place(1, 0), (0, 0));
-        assert_eq!(layout.run(0, 17), ((1, 1), 15));
+        assert_eq!(layout.run_from(0, 17), ((1, 1), 15));
         assert!(layout.check(4, 16).is_ok());
         assert!(matches!(layout.check(3, 16), Err(Error::Value { arg: "block_table", .. })));
         layout.ranges[1] = 0..33;

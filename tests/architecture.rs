@@ -51,6 +51,7 @@ fn intrinsics_live_in_simd() {
 #[test]
 fn rayon_lives_in_parallel() {
     lives_in("rayon::", |path| path == "parallel/pool.rs");
+    lives_in("libloading::", |path| path == "parallel/openmp.rs");
 }
 
 #[test]
@@ -62,6 +63,8 @@ fn pyo3_lives_in_bindings() {
 fn unsafe_lives_in_four_places() {
     let homes = ["bindings/dlpack.rs", "parallel/openmp.rs", "parallel/rows.rs"];
     lives_in("unsafe {", |path| path.starts_with("simd/") || homes.contains(&path));
+    lives_in("unsafe fn", |path| path.starts_with("simd/"));
+    lives_in("unsafe extern", |path| path == "parallel/openmp.rs");
     lives_in("unsafe impl", |path| path == "parallel/rows.rs");
 }
 

@@ -204,6 +204,22 @@ fn negative_and_zero_scale() {
         case.scale = scale;
         case.check(BiasKind::None, Blocking::default(), 2e-6);
         case.check(BiasKind::Dense, Blocking::default(), 2e-6);
+        case.mask = Mask::None;
+        case.check(BiasKind::None, Blocking::default(), 2e-6);
+    }
+}
+
+#[test]
+fn what_is_seen_propagates() {
+    // 3, 16 and 20 rows, whole blocks of keys and a rest: every form of the scores.
+    for q in [3, 16, 20] {
+        for value in [f32::NAN, f32::INFINITY] {
+            for part in 0..3 {
+                let mut case = Case::<f32>::new(shape(1, q, 200, (1, 1), (16, 16)), Mask::None, 1.0);
+                [&mut case.q, &mut case.k, &mut case.v].into_iter().nth(part).unwrap()[2 * 16 + 5] = value;
+                case.check(BiasKind::None, Blocking::default(), 2e-6);
+            }
+        }
     }
 }
 

@@ -24,7 +24,8 @@ pub fn enter(py: Python<'_>, work: impl FnOnce() + Send) -> PyResult<()> {
 pub fn find_numpy(py: Python<'_>) -> PyResult<()> {
     static FOUND: PyOnceLock<()> = PyOnceLock::new();
     let found = FOUND.get_or_try_init(py, || {
-        py.import("numpy")?;
+        // What the crate imports, here with its own errors.
+        py.import("numpy.lib")?;
         catch_unwind(AssertUnwindSafe(|| drop(PyUntypedArray::type_object(py))))
             .map_err(|panic| PyRuntimeError::new_err(format!("NumPy was not found: {}", text(&*panic))))
     });

@@ -38,7 +38,8 @@ fn from_environment(arg: &'static str, limit: usize) -> Result<Option<usize>, Er
 /// [`Error::Value`] when the variable is no thread count.
 pub fn threads(py: Python<'_>) -> PyResult<usize> {
     static VARIABLE: OnceLock<Result<Option<usize>, Error>> = OnceLock::new();
-    let torch = loaded(py, "torch")?;
+    // Asked in any case: PyTorch sets up a thread's number of threads when it is first asked for it.
+    let torch = loaded(py, "torch")?.and_then(|torch| torch.call_method0(pyo3::intern!(py, "get_num_threads")).ok());
     if torch.is_some() {
         openmp::adopt("libtorch_cpu.so");
     }
@@ -49,9 +50,7 @@ pub fn threads(py: Python<'_>) -> PyResult<usize> {
     if let Some(n) = VARIABLE.get_or_init(|| from_environment("SUBQUAD_NUM_THREADS", MAX_THREADS)).clone()? {
         return Ok(n);
     }
-    if let Some(torch) = torch
-        && let Ok(count) = torch.call_method0(pyo3::intern!(py, "get_num_threads"))
-    {
+    if let Some(count) = torch {
         return Ok(count.extract::<usize>()?.clamp(1, MAX_THREADS));
     }
     Ok(available_threads())

@@ -111,16 +111,13 @@ fn sum_lanes<T: SimdElement, I: Isa, const KEYS: usize, const ROWS: usize>(
     products
 }
 
-/// Vectors of queries for which [`cross_scores`] is the faster form, if it is: more than half of their lanes are queries.
+/// Vectors of queries for which [`cross_scores`] is the faster form, 1 or 2, if it is: more than half of their lanes are queries.
 pub fn cross_vectors<T: SimdElement, I: Isa>(head_dim: usize, rows: usize) -> Option<usize> {
     let lanes = T::V::<I>::LANES;
     let vectors = rows.div_ceil(lanes);
-    let fits = T::Kernel::<I>::READY && I::REGISTERS >= 32 && head_dim.is_multiple_of(T::Kernel::<I>::DEPTH);
-    (fits && vectors <= MAX_CROSS && 2 * rows > lanes).then_some(vectors)
+    let fits = T::Kernel::<I>::ROWS_ARE_OPERANDS && I::REGISTERS >= 32 && head_dim.is_multiple_of(T::Kernel::<I>::DEPTH);
+    (fits && vectors <= 2 && 2 * rows > lanes).then_some(vectors)
 }
-
-/// Most vectors of queries of [`cross_scores`].
-pub const MAX_CROSS: usize = 2;
 
 /// Writes the products of all keys with `vectors` vectors of queries, those of a key in a row: `scores[j * vectors * LANES + r]`.
 ///
@@ -137,7 +134,7 @@ pub fn cross_scores<T: SimdElement, I: Isa>(
 ) {
     match vectors {
         1 => cross_tiles::<T, I, 1, 2>(keys, queries, scores),
-        2 => cross_tiles::<T, I, MAX_CROSS, 1>(keys, queries, scores),
+        2 => cross_tiles::<T, I, 2, 1>(keys, queries, scores),
         other => unreachable!("{other} vectors"),
     }
 }

@@ -1,6 +1,7 @@
 //! The online softmax: running maximum `m` and sum `l` of every query, in base 2.
 //!
-//! A query sits in one lane, keys run down the rows: maximum and sum need no work across lanes.
+//! In columns, a query sits in one lane, keys run down the rows: maximum and sum need no work across lanes. In rows, the keys of a
+//! query sit in the lanes; sums are kept by lane, and the maxima of as many rows as there are lanes are found together.
 
 use super::exp::exp2;
 use super::load::MAX_LANES;

@@ -67,8 +67,8 @@ fn is_forked() -> bool {
 #[expect(unsafe_code, reason = "a foreign runtime")]
 impl OpenMp {
     fn of(library: Library) -> Option<Self> {
-        // SAFETY: the types are those of the runtime's documented interface. The symbols are searched in the library and in
-        // what it depends on, which is what it calls itself.
+        // SAFETY: the types are those of the runtime's documented interface. The symbols are searched in the library, then in what
+        // it depends on, nearest first.
         let (parallel, max_threads) = unsafe {
             (*library.get::<Parallel>(b"GOMP_parallel").ok()?, *library.get::<MaxThreads>(b"omp_get_max_threads").ok()?)
         };
@@ -117,6 +117,7 @@ unsafe extern "C" fn enter<W: Fn() + Sync>(region: *mut c_void) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     #[test]
     fn only_loaded_libraries_are_opened() {
@@ -127,6 +128,28 @@ mod tests {
     #[test]
     fn a_library_without_openmp_is_no_host() {
         assert!(OpenMp::of(loaded("libc.so.6").unwrap()).is_none());
+    }
+
+    #[test]
+    #[expect(unsafe_code, reason = "opens a library")]
+    fn a_panic_of_one_thread_is_that_of_the_region() {
+        // SAFETY: GNU's runtime may be loaded at any time.
+        let Ok(library) = (unsafe { Library::open(Some("libgomp.so.1"), RTLD_NOW) }) else {
+            eprintln!("skipped: there is no libgomp.so.1");
+            return;
+        };
+        let host = OpenMp::of(library).expect("GNU's runtime has the interface");
+        let finished = AtomicUsize::new(0);
+        let all = host.team_size();
+        let turn = AtomicUsize::new(0);
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            host.run(&|| {
+                assert!(turn.fetch_add(1, Ordering::Relaxed) != 0, "the first");
+                finished.fetch_add(1, Ordering::Relaxed);
+            });
+        }));
+        assert_eq!(outcome.unwrap_err().downcast_ref::<&str>(), Some(&"the first"));
+        assert_eq!(finished.into_inner(), all - 1);
     }
 
     #[test]

@@ -14,9 +14,9 @@ pub trait VectorKernel<T: SimdElement>: 'static {
     type V: Vector<Elem = T::Acc>;
     /// Inputs per operand.
     const DEPTH: usize;
-
     /// Whether operands lie in rows as they are, so that [`VectorKernel::broadcast`] is a single load.
-    const READY: bool;
+    const ROWS_ARE_OPERANDS: bool;
+
     /// The operand of the first `DEPTH` elements of a row, in all lanes.
     fn broadcast(src: &[T]) -> Self::V;
     /// Operands of the first `DEPTH * LANES` elements of a row, adjacent along the reduced axis.
@@ -44,7 +44,7 @@ pub struct Widen<I, T>(PhantomData<(I, T)>);
 impl<I: Isa, T: SimdElement> VectorKernel<T> for Widen<I, T> {
     type V = T::V<I>;
     const DEPTH: usize = 1;
-    const READY: bool = size_of::<T>() == size_of::<T::Acc>();
+    const ROWS_ARE_OPERANDS: bool = size_of::<T>() == size_of::<T::Acc>();
 
     #[inline(always)]
     fn broadcast(src: &[T]) -> Self::V {
@@ -92,7 +92,7 @@ pub struct PairDot<I>(PhantomData<I>);
 impl<I: Bf16Pairs> VectorKernel<bf16> for PairDot<I> {
     type V = I::F32;
     const DEPTH: usize = 2;
-    const READY: bool = true;
+    const ROWS_ARE_OPERANDS: bool = true;
 
     #[inline(always)]
     fn broadcast(src: &[bf16]) -> Self::V {

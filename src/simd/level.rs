@@ -63,8 +63,8 @@ impl Level {
         Self::ALL.into_iter().filter(|&level| level <= Self::detected())
     }
 
-    /// The fastest level of this machine: the highest, except that Intel's cores form a bf16 dot product in the time of two
-    /// float32 ones, of which each does half as much, so that widening is twice as fast (measured on Xeons of the fifth generation).
+    /// The fastest level of this machine: the highest, except that Intel's cores form one bf16 dot product in the time of four float32
+    /// multiply-adds, which do twice as much, so that widening is faster (measured on Xeons of the fifth generation).
     pub fn preferred() -> Self {
         match Self::detected() {
             Self::Avx512Bf16 if is_intel() => Self::Avx512,

@@ -61,8 +61,8 @@ pub fn dot_tile<T: SimdElement, K: VectorKernel<T>, const KEYS: usize, const ROW
     let lanes = K::V::LANES;
     let width = lanes * K::DEPTH;
     let mut sums = [[K::V::splat(<T::Acc as crate::dtype::Float>::ZERO); KEYS]; ROWS];
-    assert!(keys.width() >= vectors * width, "dot_tile: keys are too short");
-    assert!(queries.iter().all(|row| row.len() >= vectors * lanes), "dot_tile: a query is too short");
+    assert!(keys.width() / width >= vectors, "dot_tile: keys are too short");
+    assert!(queries.iter().all(|row| row.len() / lanes >= vectors), "dot_tile: a query is too short");
     let starts: [_; KEYS] = std::array::from_fn(|i| (keys.start(first + i), ahead.start(first + i)));
     for d in 0..vectors {
         for (i, (key, ahead)) in starts.iter().enumerate() {
@@ -90,6 +90,7 @@ pub fn dot_tile<T: SimdElement, K: VectorKernel<T>, const KEYS: usize, const ROW
 /// # Panics
 /// When a row is shorter than `depth` operands, or `queries` is.
 #[inline(always)]
+#[expect(unsafe_code, reason = "bounds of all rows are asserted once, outside the loop")]
 pub fn cross_tile<T: SimdElement, K: VectorKernel<T>, const KEYS: usize, const N: usize, const SETS: usize, const FETCH: bool>(
     (keys, ahead): (&RowBlock<'_, T>, &RowBlock<'_, T>),
     first: usize,
@@ -97,8 +98,8 @@ pub fn cross_tile<T: SimdElement, K: VectorKernel<T>, const KEYS: usize, const N
     depth: usize,
 ) -> [[K::V; N]; KEYS] {
     let lanes = K::V::LANES;
-    assert!(keys.width() >= depth * K::DEPTH, "cross_tile: keys are too short");
-    assert!(queries.len() >= depth * N * lanes, "cross_tile: queries are too short");
+    assert!(keys.width() / K::DEPTH >= depth, "cross_tile: keys are too short");
+    assert!(queries.len() / (N * lanes) >= depth, "cross_tile: queries are too short");
     let mut sets = [[[K::V::splat(<T::Acc as crate::dtype::Float>::ZERO); N]; KEYS]; SETS];
     let starts: [_; KEYS] = std::array::from_fn(|i| keys.start(first + i));
     // One vector of a row is one cache line.
@@ -112,12 +113,14 @@ pub fn cross_tile<T: SimdElement, K: VectorKernel<T>, const KEYS: usize, const N
         let mut d = line;
         while d + SETS <= end {
             for (s, sums) in sets.iter_mut().enumerate() {
-                cross_step::<T, K, KEYS, N>(&starts, queries, d + s, sums);
+                // SAFETY: `d + s < depth`, and the assertions above.
+                unsafe { cross_step::<T, K, KEYS, N>(&starts, queries, d + s, sums) };
             }
             d += SETS;
         }
         while d < end {
-            cross_step::<T, K, KEYS, N>(&starts, queries, d, &mut sets[0]);
+            // SAFETY: `d < depth`, and the assertions above.
+            unsafe { cross_step::<T, K, KEYS, N>(&starts, queries, d, &mut sets[0]) };
             d += 1;
         }
     }
@@ -130,10 +133,13 @@ pub fn cross_tile<T: SimdElement, K: VectorKernel<T>, const KEYS: usize, const N
     total
 }
 
-/// Step `d` of [`cross_tile`], which checks that rows and queries reach beyond it.
+/// Step `d` of [`cross_tile`].
+///
+/// # Safety
+/// Rows hold more than `d` operands, and `queries` more than `d` rows of `N * LANES`.
 #[inline(always)]
-#[expect(unsafe_code, reason = "bounds are asserted by the only caller")]
-fn cross_step<T: SimdElement, K: VectorKernel<T>, const KEYS: usize, const N: usize>(
+#[expect(unsafe_code, reason = "bounds are asserted once, by the caller")]
+unsafe fn cross_step<T: SimdElement, K: VectorKernel<T>, const KEYS: usize, const N: usize>(
     starts: &[*const T; KEYS],
     queries: &[T::Acc],
     d: usize,
@@ -142,11 +148,11 @@ fn cross_step<T: SimdElement, K: VectorKernel<T>, const KEYS: usize, const N: us
     let lanes = K::V::LANES;
     let mut columns = sums[0];
     for (v, column) in columns.iter_mut().enumerate() {
-        // SAFETY: `d < depth`, and `queries` holds that many rows of `N * lanes`.
+        // SAFETY: promised by the caller.
         *column = K::V::load(unsafe { std::slice::from_raw_parts(queries.as_ptr().add((d * N + v) * lanes), lanes) });
     }
     for (key, sums) in starts.iter().zip(sums) {
-        // SAFETY: `d < depth`, and a row holds that many operands.
+        // SAFETY: promised by the caller.
         let key = K::broadcast(unsafe { std::slice::from_raw_parts(key.add(d * K::DEPTH), K::DEPTH) });
         for (sum, &column) in sums.iter_mut().zip(&columns) {
             *sum = K::mul_acc(key, column, *sum);
@@ -170,9 +176,9 @@ pub fn weigh_tile<T: SimdElement, K: VectorKernel<T>, const ROWS: usize, const H
 ) -> [[[K::V; 2]; HALF]; ROWS] {
     let width = 2 * K::V::LANES;
     let steps = count / K::DEPTH;
-    let last = steps.saturating_sub(1) * key_step;
+    let last = steps.saturating_sub(1).saturating_mul(key_step);
     assert!(probs.iter().all(|row| row.len() > last), "weigh_tile: too few probabilities");
-    assert!(values.width() >= first + HALF * width, "weigh_tile: values are too short");
+    assert!(values.width().checked_sub(first).is_some_and(|rest| rest >= HALF * width), "weigh_tile: values are too short");
     for k in 0..steps {
         let pair = [k * K::DEPTH, k * K::DEPTH + K::DEPTH - 1];
         for h in 0..HALF {

@@ -4,7 +4,7 @@
 //! ```text
 //! for a piece of the keys of one key/value head (a task):      rows: (token, head of the group)
 //!   for a block of 64 keys:
-//!     s = q K^T                                                 inner products, reduced across lanes
+//!     s = q K^T                                                 inner products, reduced across lanes; or many rows in the lanes
 //!     m, alpha = online softmax step; p = 2^(s * scale - m); o = alpha o + p V
 //! for a row of several pieces: merge (o, m, l)
 //! ```
@@ -19,7 +19,7 @@ use crate::math::online_softmax::{
 };
 use crate::math::weigh::{self, Probabilities, acc_stride};
 use crate::parallel::{RowWriter, for_each_tile};
-use crate::simd::{BLOCK_ROWS, Isa, Level, RowBlock, SimdElement, Task, Vector, VectorKernel};
+use crate::simd::{BLOCK_ROWS, Isa, Level, RowBlock, SimdElement, Task, Vector, VectorKernel, prefetch};
 use crate::tensor::MAX_HEAD_DIM;
 use crate::workspace::{Scratch, padded};
 use std::ops::Range;
@@ -64,7 +64,7 @@ pub fn forward<T: SimdElement>(
     for_each_tile(level, threads, splits.count(), &Decode { args, out, splits: &splits, partials: Some(writer) });
     let merge = Merge { args, out, splits: &splits, partials, width };
     let merged = shape.batch * splits.kv_heads();
-    for_each_tile(level, if merged * total < SERIAL_BYTES { 1 } else { threads }, merged, &merge);
+    for_each_tile(level, if total * size_of::<T::Acc>() < SERIAL_BYTES { 1 } else { threads }, merged, &merge);
 }
 
 /// Vectors, and with them accumulators, differ between instruction sets.
@@ -125,6 +125,12 @@ impl<T: SimdElement> Task for Decode<'_, T> {
         let mut blocks = [nothing; 2];
         let mut keys = piece.keys.start..piece.keys.end.min(piece.keys.start + BLOCK_ROWS);
         self.find(&piece, &keys, &mut blocks[0]);
+        // Later blocks are requested while the one before is at work.
+        for rows in [&blocks[0].keys, &blocks[0].values] {
+            for place in 0..keys.len() {
+                prefetch(rows.row(place));
+            }
+        }
         while !keys.is_empty() {
             let [current, ahead] = &mut blocks;
             let next = keys.end..piece.keys.end.min(keys.end + BLOCK_ROWS);
@@ -186,7 +192,7 @@ impl<T: SimdElement> Decode<'_, T> {
     {
         let mut found = 0;
         while found < keys.len() {
-            let ((batch, token), length) = self.args.run(piece.batch, keys.start + found);
+            let ((batch, token), length) = self.args.run_from(piece.batch, keys.start + found);
             let length = length.min(keys.len() - found);
             let (rows, stride) = self.args.k.rows_from(batch, token, piece.kv_head);
             block.keys.set_run(found, length, rows, stride);

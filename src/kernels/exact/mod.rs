@@ -55,8 +55,8 @@ impl<T: Element> ExactArgs<'_, T> {
 
     /// Indices of a key along the first two axes of `k` and `v`, and how many keys from that one on lie one after the other.
     #[inline(always)]
-    pub fn run(&self, batch: usize, token: usize) -> ((usize, usize), usize) {
-        self.layout.map_or(((batch, token), usize::MAX), |layout| layout.run(batch, token))
+    pub fn run_from(&self, batch: usize, token: usize) -> ((usize, usize), usize) {
+        self.layout.map_or(((batch, token), usize::MAX), |layout| layout.run_from(batch, token))
     }
 }
 

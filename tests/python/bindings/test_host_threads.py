@@ -103,6 +103,7 @@ def test_threads_of_python_have_teams_of_their_own(run):
         for thread in threads:
             thread.join()
         assert not wrong
+        assert own_threads() == 0
         print("fine")
     """
     assert run(code) == "fine\n"

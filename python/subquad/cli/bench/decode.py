@@ -1,8 +1,7 @@
 """Benchmark of decoding: few queries against a long cache, which costs what reading the cache costs.
 
-The probe that it is held against is a plain sum over as many bytes as the calls read in turn: those of all
-copies of the cache together, more than the processor's own caches hold. It reads memory of its own, so the
-share also holds what one place in memory is slower than another. A shape that is `hot` has one cache only;
+The probe that it is held against is a plain sum over what the calls read in turn: all copies of the cache
+together, more than the processor's own caches hold. A shape that is `hot` has one cache only;
 if it is small it stays in the processor's, as what is small does between the steps of a decoder, and the
 time is that of everything but the memory.
 """

@@ -6,13 +6,15 @@ build it at once. An entry that is damaged is built again.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +78,28 @@ def _moved(building: Path, entry: Path) -> bool:
     try:
         building.rename(entry)
     except OSError:
-        # Something is there: a damaged entry, or a good one that another process has just finished.
+        # Something is there: a damaged entry, or a good one that another process has finished.
         return is_intact(entry)
     return True
 
 
+@contextmanager
+def _alone_in(root: Path) -> Generator[None]:
+    """Keeps other processes and threads from publishing: one might discard what another has just put there."""
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _publish(building: Path, entry: Path) -> None:
-    if not _moved(building, entry):
-        _discard(entry)
-        # Two processes may be replacing the same damaged entry: the slower one finds the other's.
+    with _alone_in(entry.parent):
         if not _moved(building, entry):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(entry))
+            _discard(entry)
+            if not _moved(building, entry):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(entry))
 
 
 def ensure(root: Path, name: str, facts: dict[str, Any], build: Callable[[Path], None]) -> Path:

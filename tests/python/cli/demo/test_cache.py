@@ -125,20 +125,23 @@ def test_concurrent_builds(root, damaged):
     assert len(names(root)) == 1
 
 
-def test_another_process_replaces_a_damaged_entry_first(root, monkeypatch):
+def test_a_damaged_entry_is_replaced_once(root, monkeypatch):
     entry = cache.ensure(root, "model", FACTS, build)
     change(entry)
-    discard = cache._discard
+    discard, discarded = cache._discard, []
 
-    def overtaken(path: Path) -> None:
+    def slowly(path: Path) -> None:
         discard(path)
         if path == entry:
-            monkeypatch.setattr(cache, "_discard", discard)
-            assert cache.ensure(root, "model", FACTS, build) == entry
+            discarded.append(path)
+            time.sleep(0.1)  # for the others to overtake, if they can
 
-    monkeypatch.setattr(cache, "_discard", overtaken)
-    assert cache.ensure(root, "model", FACTS, build) == entry
+    monkeypatch.setattr(cache, "_discard", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(cache.ensure, root, "model", FACTS, build) for _ in range(4)]
+        assert {job.result() for job in jobs} == {entry}
     assert cache.is_intact(entry)
+    assert discarded == [entry]
     assert names(root) == [entry.name]
 
 
