@@ -253,10 +253,8 @@ def run(cases: Sequence[Case], settings: Settings, progress: Progress) -> Outcom
         for shape, dtype in possible:
             measurements = measure(shape, others.get(shape.against), dtype, settings)
             for one in measurements:
-                outcome.rows.append(_row(one))
-                outcome.records.append(_record(one))
-                if one.failure:
-                    outcome.failures.append(f"{shape.name}/{dtype}, threads={one.threads}: {one.failure}")
+                case = f"{shape.name}/{dtype}, threads={one.threads}"
+                outcome.add(case, _row(one), _record(one), one.failure)
                 if one.shape_ratio is not None:
                     outcome.notes.append(_shape_note(one, one.shape_ratio))
             shares = ", ".join(f"{one.read_share:.1%} of read" for one in measurements)

@@ -210,10 +210,8 @@ def run(cases: Sequence[Case], settings: Settings, progress: Progress) -> Outcom
         for shape, dtype in possible:
             measurements = measure(shape, dtype, settings)
             for one in measurements:
-                outcome.rows.append(_row(one))
-                outcome.records.append(_record(one))
-                if one.failure:
-                    outcome.failures.append(f"{shape.name}/{dtype}, threads={one.threads}: {one.failure}")
+                case = f"{shape.name}/{dtype}, threads={one.threads}"
+                outcome.add(case, _row(one), _record(one), one.failure)
                 if one.scaling is not None:
                     outcome.notes.append(_scaling_note(one, one.scaling))
             shares = ", ".join(f"{one.peak_share:.1%} of peak" for one in measurements)

@@ -1,11 +1,11 @@
 """Benchmark of the smallest call: what a call costs before any arithmetic."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
 from subquad.cli.bench import contenders, tensors, verify
-from subquad.cli.bench.outcome import Outcome, Settings
+from subquad.cli.bench.outcome import Outcome, Settings, Value
 from subquad.cli.bench.shape_file import load, select
 from subquad.cli.bench.shapes import LatencyShape
 from subquad.cli.bench.timing import interleave
@@ -91,19 +91,16 @@ def run(cases: Sequence[Case], settings: Settings, progress: Progress) -> Outcom
             samples = interleave(field, repeat=settings.repeat, time_budget=settings.time_budget)
             for call, contender in zip(calls, field, strict=True):
                 seconds = median(samples[contender.name])
-                outcome.rows.append(_row(shape, dtype, call, seconds))
-                outcome.records.append(
-                    {
-                        "shape": shape.name,
-                        "dtype": dtype,
-                        "threads": settings.threads,
-                        "call": call.name,
-                        "seconds": seconds,
-                        "limit": shape.limit_us * 1e-6 if call.limited else None,
-                        "check": call.failure or "ok",
-                    }
-                )
-                if call.failure:
-                    outcome.failures.append(f"{shape.name}/{dtype}, {call.name}: {call.failure}")
+                record: Mapping[str, Value] = {
+                    "shape": shape.name,
+                    "dtype": dtype,
+                    "threads": settings.threads,
+                    "call": call.name,
+                    "seconds": seconds,
+                    "limit": shape.limit_us * 1e-6 if call.limited else None,
+                    "check": call.failure or "ok",
+                }
+                case = f"{shape.name}/{dtype}, {call.name}"
+                outcome.add(case, _row(shape, dtype, call, seconds), record, call.failure)
             stage.advance(f"{shape.name}/{dtype}")
     return outcome

@@ -9,11 +9,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from subquad.cli.bench import tensors
-from subquad.cli.bench.outcome import Outcome, Settings
+from subquad.cli.bench.outcome import Outcome, Settings, Value
 from subquad.cli.bench.shape_file import load, select
 from subquad.cli.bench.shapes import MemoryShape
 from subquad.cli.machine import cpu_name
@@ -76,32 +76,28 @@ def run(cases: Sequence[Case], settings: Settings, progress: Progress) -> Outcom
     with progress.stage("memory", total=len(possible)) as stage:
         for shape, dtype, threads in possible:
             size, method, failure = _measure(shape, dtype, threads)
-            if failure:
-                outcome.failures.append(f"{shape.name}/{dtype}, threads={threads}: {failure}")
             each = None if size is None else size / threads / 2**20
             within = each is None or not shape.limit_mib_per_thread or each <= shape.limit_mib_per_thread
-            outcome.rows.append(
-                (
-                    shape.name,
-                    dtype,
-                    str(threads),
-                    "-" if size is None else f"{size / 2**20:.2f}",
-                    "-" if each is None else f"{each:.2f}",
-                    f"{shape.limit_mib_per_thread:g}" if shape.limit_mib_per_thread else "-",
-                    method,
-                    "WRONG" if failure else "ok" if within else "over",
-                )
+            row = (
+                shape.name,
+                dtype,
+                str(threads),
+                "-" if size is None else f"{size / 2**20:.2f}",
+                "-" if each is None else f"{each:.2f}",
+                f"{shape.limit_mib_per_thread:g}" if shape.limit_mib_per_thread else "-",
+                method,
+                "WRONG" if failure else "ok" if within else "over",
             )
-            outcome.records.append(
-                {
-                    "shape": shape.name,
-                    "dtype": dtype,
-                    "threads": threads,
-                    "bytes": size,
-                    "limit": shape.limit_mib_per_thread * 2**20 * threads or None,
-                    "method": method,
-                    "check": failure or "ok",
-                }
-            )
-            stage.advance(f"{shape.name}/{dtype}, threads={threads}: {outcome.rows[-1][4]} MiB per thread")
+            record: Mapping[str, Value] = {
+                "shape": shape.name,
+                "dtype": dtype,
+                "threads": threads,
+                "bytes": size,
+                "limit": shape.limit_mib_per_thread * 2**20 * threads or None,
+                "method": method,
+                "check": failure or "ok",
+            }
+            case = f"{shape.name}/{dtype}, threads={threads}"
+            outcome.add(case, row, record, failure)
+            stage.advance(f"{case}: {row[4]} MiB per thread")
     return outcome

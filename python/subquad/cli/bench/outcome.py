@@ -54,6 +54,20 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
+    def add(self, case: str, row: Sequence[str], record: Mapping[str, Value], failure: str) -> None:
+        """Adds one result.
+
+        Args:
+            case: What was measured, in a line about a wrong result.
+            row: Its cells.
+            record: The same as numbers.
+            failure: What is wrong with it; empty if nothing.
+        """
+        self.rows.append(row)
+        self.records.append(record)
+        if failure:
+            self.failures.append(f"{case}: {failure}")
+
     def print(self, file: TextIO | None = None) -> None:
         """Prints the table, the notes, and what was wrong (to standard output by default)."""
         file = sys.stdout if file is None else file
