@@ -4,6 +4,7 @@ A processor's clock moves over seconds, so two numbers are compared only if they
 Each round measures every contender once; a ratio is the median over the rounds of the ratio within the round.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,10 +37,11 @@ class Contender:
 def timed(call: Callable[[], object]) -> Callable[[], float]:
     """Returns a function that takes one sample of `call`: its mean seconds.
 
-    A sample is as many calls as fill 10 ms, found on the first, after a warm-up of 5 ms. Calls so long that a
-    sample is one of them are warmed up only once.
+    A sample is as many calls as fill 10 ms, after a warm-up of 5 ms that counts them. Calls that have never
+    been quicker than a sample are warmed up only before the first one, and a sample is one of them. How many is
+    counted anew each time: a first sample that others disturbed must not make the later ones short and cold.
     """
-    count = 0
+    fastest = math.inf
 
     def run(times: int) -> float:
         start = time.perf_counter()
@@ -47,18 +49,23 @@ def timed(call: Callable[[], object]) -> Callable[[], float]:
             call()
         return (time.perf_counter() - start) / times
 
+    def warm_up() -> float:
+        start, calls, elapsed = time.perf_counter(), 0, 0.0
+        while elapsed < _WARM_SECONDS:
+            call()
+            calls += 1
+            elapsed = time.perf_counter() - start
+        return elapsed / calls
+
     def sample() -> float:
-        nonlocal count
-        if count == 0:
-            run(1)
-            count = max(1, round(_SAMPLE_SECONDS / max(run(1), 1e-9)))
-            # The first guess of a tiny call counts the cost of starting; a longer one gives the real cost.
-            count = max(1, round(_SAMPLE_SECONDS / max(run(min(count, 100)), 1e-9)))
-        if count > 1:
-            until = time.perf_counter() + _WARM_SECONDS
-            while time.perf_counter() < until:
-                call()
-        return run(count)
+        nonlocal fastest
+        if fastest == math.inf:
+            call()
+        known_long = _SAMPLE_SECONDS <= fastest < math.inf
+        estimate = fastest if known_long else warm_up()
+        seconds = run(max(1, round(_SAMPLE_SECONDS / estimate)))
+        fastest = min(fastest, seconds)
+        return seconds
 
     return sample
 

@@ -32,6 +32,17 @@ def test_the_first_slow_calls_do_not_count(clock):
     assert sample() == pytest.approx(0.001)
 
 
+def test_a_disturbed_first_sample_does_not_shorten_the_later_ones(clock):
+    disturbed = iter([0.02] * 4)
+    sample = timed(lambda: clock.sleep(next(disturbed, 0.001)))
+    assert sample() == pytest.approx(0.02)
+    assert sample() == pytest.approx(0.02)
+    sample()
+    start = clock.now
+    assert sample() == pytest.approx(0.001)
+    assert clock.now - start == pytest.approx(timing._SAMPLE_SECONDS + timing._WARM_SECONDS, rel=0.1)
+
+
 def test_turns(clock):
     log = []
 
