@@ -116,7 +116,7 @@ pub struct AttnShape {
 }
 
 /// Widest head that the kernels' scratch is laid out for.
-pub const MAX_HEAD_DIM: usize = 512;
+pub const MAX_HEAD_DIM: usize = 1024;
 
 impl AttnShape {
     /// Checks the shapes of `q` `[B, Sq, H, D]`, `k` `[B, Sk, Hkv, D]` and `v` `[B, Sk, Hkv, Dv]` against each other.

@@ -12,7 +12,7 @@ from subquad.hf.tracing import PLAIN_TYPES, is_tracing
 from subquad.ops.exact import attention
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_MAX_HEAD_DIM = 512
+_MAX_HEAD_DIM = 1024
 _RANK = 4
 
 # Arguments that neither "eager" nor "sdpa" gives a meaning: notes for other implementations, and requests for

@@ -64,9 +64,9 @@ def attention(
                                                                x x
 
     Args:
-        q: queries, `[B, Sq, H, D]`; float32, float64, float16 or bfloat16. `D` is 1 to 512.
+        q: queries, `[B, Sq, H, D]`; float32, float64, float16 or bfloat16. `D` is 1 to 1024.
         k: keys, `[B, Sk, Hkv, D]`, of q's library and dtype. `Hkv` divides `H`; head `h` of `q` reads head `h // (H / Hkv)`.
-        v: values, `[B, Sk, Hkv, Dv]`, of q's library and dtype. `Dv` is 1 to 512 and may differ from `D`.
+        v: values, `[B, Sk, Hkv, Dv]`, of q's library and dtype. `Dv` is 1 to 1024 and may differ from `D`.
         causal: whether query `i` sees only keys `j <= i + Sk - Sq`.
         scale: factor of the scores. Default: `D ** -0.5`.
         bias: what is added to the scaled scores, broadcastable to `[B, H, Sq, Sk]`: float32, q's dtype,
@@ -89,7 +89,7 @@ def attention(
     Raises:
         ValueError: for shapes that do not fit, arrays on other devices, `out` that overlaps an input or is read-only.
         TypeError: for dtypes that are not supported or differ, objects that are no arrays, mixed libraries.
-        NotImplementedError: for tensors that require grad while gradients are enabled, and heads wider than 512.
+        NotImplementedError: for tensors that require grad while gradients are enabled, and heads wider than 1024.
         OverflowError: for sizes that cannot be indexed.
     """
     return _native.attention(q, k, v, causal=causal, scale=scale, bias=bias, return_lse=return_lse, out=out)

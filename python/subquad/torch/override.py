@@ -215,7 +215,7 @@ def override_sdpa() -> Iterator[Override]:
     What subquad does not compute goes on to PyTorch's function with the same arguments, and is counted by
     reason: tensors that require grad while gradients are enabled, or are on another device, sparse, nested,
     fake, of a subclass, or a negated view; dropout; dtypes other than float32, float64, float16 and bfloat16;
-    heads wider than 512; `torch.compile`, `torch.jit.trace`, `torch.func` transforms, forward-mode
+    heads wider than 1024; `torch.compile`, `torch.jit.trace`, `torch.func` transforms, forward-mode
     differentiation, torch function modes and dispatch modes. Under autocast, inputs are cast as PyTorch casts
     them. What `torch.nn.attention.sdpa_kernel` chooses concerns PyTorch's function only.
 

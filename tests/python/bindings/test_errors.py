@@ -324,9 +324,9 @@ ERRORS = [
         "share memory",
     ),
     # What is right but not here.
-    ("Unsupported", attention(zeros(1, 3, 4, 513), zeros(1, 5, 2, 513)), "q", "head_dim 513", "1 to 512"),
-    ("Unsupported", attention(v=zeros(1, 5, 2, 513)), "v", "head_dim 513", "1 to 512"),
-    ("Unsupported", sdpa(zeros(2, 4, 3, 999), zeros(2, 4, 5, 999)), "query", "head_dim 999", "1 to 512"),
+    ("Unsupported", attention(zeros(1, 3, 4, 1025), zeros(1, 5, 2, 1025)), "q", "head_dim 1025", "1 to 1024"),
+    ("Unsupported", attention(v=zeros(1, 5, 2, 1025)), "v", "head_dim 1025", "1 to 1024"),
+    ("Unsupported", sdpa(zeros(2, 4, 3, 1999), zeros(2, 4, 5, 1999)), "query", "head_dim 1999", "1 to 1024"),
     ("Unsupported", sdpa(dropout_p=0.1), "dropout_p", "probability 0.1", r"torch\.nn\.functional\."),
     (
         "Unsupported",

@@ -267,7 +267,7 @@ def test_weights(by, decoder, make_batch):
 @pytest.mark.parametrize(
     ("shapes", "reason"),
     [
-        (((1, 2, 3, 520), (1, 2, 3, 520)), "head_dim above 512"),
+        (((1, 2, 3, 1025), (1, 2, 3, 1025)), "head_dim above 1024"),
         (((1, 4, 5, 8), (2, 4, 5, 8)), "shapes that broadcast"),
         (((2, 4, 0, 8), (2, 4, 5, 8)), "empty tensors"),
         (((2, 4, 5, 8), (2, 4, 3, 8)), "more causal queries than keys"),
