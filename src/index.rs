@@ -14,6 +14,92 @@ pub struct Pages {
     pub page_size: usize,
 }
 
+impl Pages {
+    /// Page and token within it of token `token` of sequence `sequence`.
+    #[inline(always)]
+    pub fn place(&self, sequence: usize, token: usize) -> (usize, usize) {
+        (self.table[sequence * self.per_sequence + token / self.page_size], token % self.page_size)
+    }
+
+    /// Checks that the first `tokens` tokens of a sequence lie on pages below `count`.
+    ///
+    /// # Errors
+    /// [`Error::Value`] naming `block_table`.
+    pub fn check(&self, sequence: usize, tokens: usize, count: usize) -> Result<()> {
+        let table = &self.table[sequence * self.per_sequence..][..tokens.div_ceil(self.page_size)];
+        let Some(page) = table.iter().find(|&&page| page >= count) else { return Ok(()) };
+        let got = if *page == usize::MAX { "a negative number".into() } else { page.to_string() };
+        let expected = format!("pages from 0 to {}", count as isize - 1);
+        Err(Error::Value { arg: "block_table", expected, got: format!("{got} for sequence {sequence}") })
+    }
+}
+
+/// Queries that stand one after the other, and the keys that they may see.
+///
+/// Keys count from the segment's own first key: that is their position. Query `i` is at position `offset + i`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// Its sequence, by which slopes are looked up.
+    pub sequence: usize,
+    /// Index along the first axis of the queries.
+    pub q_batch: usize,
+    /// Token of the first query.
+    pub q_first: usize,
+    /// Number of queries.
+    pub q_len: usize,
+    /// Index along the first axis of keys and values; with pages, the row of the table.
+    pub k_batch: usize,
+    /// Token of the key at position 0.
+    pub k_first: usize,
+    /// Position of the first key that any query may see.
+    pub k_start: usize,
+    /// Position after the last key that any query may see.
+    pub k_end: usize,
+    /// Position of the first query; negative when there are more queries than keys.
+    pub offset: isize,
+}
+
+/// The segments of a call.
+#[derive(Debug, Clone, Copy)]
+pub enum Segments<'a> {
+    /// Each sequence of the batch whole, its first query at position `offset`.
+    Whole {
+        /// Position of the first query.
+        offset: isize,
+    },
+    /// These.
+    List(&'a [Segment]),
+}
+
+/// Where the keys of one segment lie.
+#[derive(Debug, Clone, Copy)]
+pub struct KeyPlaces<'a> {
+    /// Pages, for a paged cache.
+    pub pages: Option<&'a Pages>,
+    /// Index along the first axis, or row of the table of pages.
+    pub batch: usize,
+    /// Token of the key at position 0.
+    pub first: usize,
+}
+
+impl KeyPlaces<'_> {
+    /// Indices along the first two axes of the key at `position`.
+    #[inline(always)]
+    pub fn place(&self, position: usize) -> (usize, usize) {
+        match self.pages {
+            None => (self.batch, self.first + position),
+            Some(pages) => pages.place(self.batch, position),
+        }
+    }
+
+    /// As [`KeyPlaces::place`], and how many keys from that one on lie one after the other.
+    #[inline(always)]
+    pub fn run_from(&self, position: usize) -> ((usize, usize), usize) {
+        let place = self.place(position);
+        (place, self.pages.map_or(usize::MAX, |pages| pages.page_size - place.1))
+    }
+}
+
 /// The keys of each sequence of a call.
 #[derive(Debug, Clone)]
 pub struct KeyLayout {
@@ -30,17 +116,25 @@ impl KeyLayout {
     #[inline(always)]
     pub fn place(&self, batch: usize, token: usize) -> (usize, usize) {
         if let Some(pages) = &self.pages {
-            let page = pages.table[batch * pages.per_sequence + token / pages.page_size];
-            return (page, token % pages.page_size);
+            return pages.place(batch, token);
         }
         (self.rows.as_ref().map_or(batch, |rows| rows[batch]), token)
     }
 
-    /// As [`KeyLayout::place`], and how many tokens from that one on lie one after the other.
-    #[inline(always)]
-    pub fn run_from(&self, batch: usize, token: usize) -> ((usize, usize), usize) {
-        let place = self.place(batch, token);
-        (place, self.pages.as_ref().map_or(usize::MAX, |pages| pages.page_size - place.1))
+    /// One segment for each sequence, of `seqlen_q` queries that end with the last key.
+    pub fn segments(&self, seqlen_q: usize) -> Vec<Segment> {
+        let segment = |(batch, range): (usize, &Range<usize>)| Segment {
+            sequence: batch,
+            q_batch: batch,
+            q_first: 0,
+            q_len: seqlen_q,
+            k_batch: self.rows.as_ref().map_or(batch, |rows| rows[batch]),
+            k_first: 0,
+            k_start: range.start,
+            k_end: range.end,
+            offset: range.end as isize - seqlen_q as isize,
+        };
+        self.ranges.iter().enumerate().map(segment).collect()
     }
 
     /// Checks that every token of every range has a place in a cache of `rows` by `tokens`.
@@ -56,15 +150,7 @@ impl KeyLayout {
                 return value("cache_seqlens", format!("lengths of at most the capacity, {capacity}"), got);
             }
             if let Some(pages) = &self.pages {
-                let table = &pages.table[batch * pages.per_sequence..][..range.end.div_ceil(pages.page_size)];
-                if let Some(page) = table.iter().find(|&&page| page >= rows) {
-                    let got = if *page == usize::MAX { "a negative number".into() } else { page.to_string() };
-                    return value(
-                        "block_table",
-                        format!("pages from 0 to {}", rows as isize - 1),
-                        format!("{got} for sequence {batch}"),
-                    );
-                }
+                pages.check(batch, range.end, rows)?;
             }
         }
         if let Some(row) = self.rows.iter().flatten().find(|&&row| row >= rows) {
@@ -85,7 +171,9 @@ mod tests {
         let mut layout = KeyLayout { ranges: vec![0..20, 0..32], rows: None, pages: Some(pages) };
         assert_eq!(layout.place(0, 17), (1, 1));
         assert_eq!(layout.place(1, 0), (0, 0));
-        assert_eq!(layout.run_from(0, 17), ((1, 1), 15));
+        let places = KeyPlaces { pages: layout.pages.as_ref(), batch: 0, first: 0 };
+        assert_eq!(places.run_from(17), ((1, 1), 15));
+        assert_eq!(KeyPlaces { pages: None, batch: 3, first: 5 }.place(2), (3, 7));
         assert!(layout.check(4, 16).is_ok());
         assert!(matches!(layout.check(3, 16), Err(Error::Value { arg: "block_table", .. })));
         layout.ranges[1] = 0..33;

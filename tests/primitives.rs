@@ -6,7 +6,9 @@ use proptest::prelude::*;
 use std::cell::RefCell;
 use subquad::dtype::{Element, Float};
 use subquad::math::exp::exp2;
-use subquad::math::online_softmax::{Column, log_sum_exp, probabilities, step};
+use subquad::index::KeyPlaces;
+use subquad::math::online_softmax::{Column, Exponential, log_sum_exp, probabilities, step};
+use subquad::math::tanh::tanh;
 use subquad::math::tile::{HeadRows, TileKernel, VectorTiles};
 use subquad::simd::{Isa, Level, SimdElement, Task, Vector, VectorKernel};
 use subquad::tensor::Tensor;
@@ -62,6 +64,41 @@ fn exp2_is_accurate_for_each_type() {
     check_exp2::<f16>(2.9e-6 + 2.0 * EPS_F32);
     check_exp2::<bf16>(2.9e-6 + 2.0 * EPS_F32);
     check_exp2::<f64>(1e-15);
+}
+
+struct Tanh<'a, T: SimdElement>(&'a [T::Acc], &'a RefCell<Vec<T::Acc>>);
+impl<T: SimdElement> Task for Tanh<'_, T> {
+    #[inline(always)]
+    fn run<I: Isa>(&self, _index: usize) {
+        let mut out = vec![T::Acc::ZERO; self.0.len()];
+        let lanes = T::V::<I>::LANES;
+        for (x, y) in self.0.chunks_exact(lanes).zip(out.chunks_exact_mut(lanes)) {
+            tanh::<T, I>(T::V::<I>::load(x)).store(y);
+        }
+        *self.1.borrow_mut() = out;
+    }
+}
+
+fn check_tanh<T: SimdElement>(relative: f64) {
+    let mut x: Vec<T::Acc> = (0..20_000).map(|i| T::Acc::from_f64((f64::from(i) - 10_000.0) * 1.1e-3)).collect();
+    x.extend([1e-30, -1e-12, 1e-4, f64::INFINITY, f64::NEG_INFINITY, f64::NAN, 50.0, -8.9].map(T::Acc::from_f64));
+    x.extend([T::Acc::ZERO; 8]);
+    for level in Level::available() {
+        let out = RefCell::new(vec![]);
+        run(level, &Tanh::<T>(&x, &out));
+        for (x, y) in x.iter().zip(out.into_inner()) {
+            let (want, y) = (x.to_f64().tanh(), y.to_f64());
+            let same = want.is_nan() && y.is_nan();
+            assert!(same || (y - want).abs() <= relative * want.abs(), "tanh {x:?} is {want}, got {y} at {}", level.name());
+        }
+    }
+}
+
+#[test]
+fn tanh_is_accurate() {
+    check_tanh::<f32>(6.0 * EPS_F32);
+    check_tanh::<bf16>(6.0 * EPS_F32);
+    check_tanh::<f64>(1e-15);
 }
 
 struct RoundTrip<'a, T: SimdElement>(&'a [T::Acc], &'a RefCell<Vec<T>>);
@@ -194,7 +231,7 @@ impl<T: SimdElement> Products<'_, T> {
         let count = self.k.len() / d;
         let block = |data, width| HeadRows {
             tensor: Tensor::contiguous("rows", data, [1, count, 1, width]).unwrap(),
-            batch: 0,
+            places: KeyPlaces { pages: None, batch: 0, first: 0 },
             head: 0,
             first: 0,
             count,
@@ -221,7 +258,7 @@ impl<T: SimdElement> Products<'_, T> {
             let peak = T::V::<I>::load(&peaks[v * lanes..]);
             let step = step::<T, I>(T::V::<I>::splat(T::Acc::NEG_INFINITY), peak);
             let mut column = Column { rows: &mut scores[v * lanes..], stride: panel };
-            probabilities::<T, I, false>(&mut column, count, T::V::<I>::splat(T::Acc::from_f64(1.0)), step.base);
+            probabilities::<T, I, Exponential>(&mut column, 0..count, T::V::<I>::splat(T::Acc::from_f64(1.0)), step.base);
         }
         let depth = <T::Kernel<I> as VectorKernel<T>>::DEPTH;
         assert_eq!(depth, K::DEPTH);

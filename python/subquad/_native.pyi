@@ -8,10 +8,35 @@ def attention(
     v: Any,
     *,
     causal: bool = False,
-    scale: float | None = None,
+    window_size: Any | None = None,
+    mask: Any | None = None,
+    scale: Any | None = None,
     bias: Any | None = None,
+    relative_bias: Any | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any | None = None,
+    sinks: Any | None = None,
+    length_scale: Any | None = None,
+    normalizer: Any | None = None,
     return_lse: bool = False,
     out: Any | None = None,
+) -> Any: ...
+def attention_varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any | None = None,
+    block_table: Any | None = None,
+    sinks: Any | None = None,
+    return_lse: bool = False,
 ) -> Any: ...
 def scaled_dot_product_attention(
     query: Any,
@@ -43,6 +68,8 @@ def attention_with_kvcache(
     alibi_slopes: Any | None = None,
     num_splits: int | None = None,
     return_softmax_lse: bool = False,
+    *,
+    sinks: Any | None = None,
 ) -> Any: ...
 def merge_attention(outs: list[Any], lses: list[Any]) -> Any: ...
 def set_num_threads(num_threads: int) -> None: ...

@@ -25,6 +25,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .reference.scores import modified, scales, sink_logits, split_bias
+from .reference.visibility import visible_keys
+from .reference.weights import weights_of
+
 __all__ = [
     "FLOORS",
     "SPACING",
@@ -35,6 +39,7 @@ __all__ = [
     "round_to",
 ]
 
+Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]
 
@@ -155,7 +160,7 @@ def lse_floor(expected: Any, dtype: str) -> float:
     return 4 * accumulator * (1 + magnitude) + exponential
 
 
-def round_to(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+def round_to(array: Array, dtype: str) -> Array:
     """Rounds to the values of `dtype`, to nearest even.
 
     Args:
@@ -174,47 +179,53 @@ def round_to(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     return np.where(np.isnan(array), array, rounded.view(np.float32)).astype(array.dtype).reshape(array.shape)
 
 
-def _naive(
-    query: npt.NDArray[Any],
-    key: npt.NDArray[Any],
-    value: npt.NDArray[Any],
-    *,
-    bias: Any | None,
-    causal_offset: int | None,
-    scale: float | None,
-    dtype: str,
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """The formula on `[..., L, E]`, `[..., S, E]` and `[..., S, Ev]` in the accumulator's type, term by term.
+def _products(query: Array, key: Array) -> Array:
+    """The products `[..., L, S]` of `[..., L, E]` and `[..., S, E]` in the accumulator's type, term by term.
 
     Sums in blocks, as BLAS forms them, are more precise than the naive formula and differ between builds.
     """
-    stack = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-    rows, keys = query.shape[-2], key.shape[-2]
-    acc = query.dtype.type
-    scale = (query.shape[-1] ** -0.5 if query.shape[-1] else 0.0) if scale is None else scale
-    scores = np.zeros((*stack, rows, keys), dtype=acc)
+    stack = np.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    products = np.zeros((*stack, query.shape[-2], key.shape[-2]), dtype=query.dtype)
     for d in range(query.shape[-1]):
-        scores += query[..., d, None] * key[..., None, :, d]
-    scores *= acc(scale)
-    if bias is not None:
-        added = bias if np.asarray(bias).dtype == np.bool_ else _widen(bias)
-        added = np.broadcast_to(added, scores.shape)
-        scores = np.where(added, scores, -np.inf) if added.dtype == np.bool_ else scores + added.astype(acc)
-    if causal_offset is not None:
-        scores = np.where(np.tri(rows, keys, causal_offset, dtype=bool), scores, -np.inf)
-    scores = scores.astype(acc)
-    peak = np.max(scores, axis=-1, keepdims=True, initial=-np.inf).astype(acc)
-    weights = np.exp(scores - np.where(np.isneginf(peak), acc(0), peak))
-    total = np.zeros_like(peak)
-    out = np.zeros((*stack, rows, value.shape[-1]), dtype=acc)
-    for j in range(keys):
+        products += query[..., d, None] * key[..., None, :, d]
+    return products
+
+
+def _sum(weights: Array, value: Array) -> tuple[Array, Array]:
+    """The sum of values `[..., S, Ev]` under weights `[..., L, S]`, and that of the weights, term by term."""
+    stack = np.broadcast_shapes(weights.shape[:-2], value.shape[:-2])
+    total = np.zeros((*weights.shape[:-1], 1), dtype=weights.dtype)
+    out = np.zeros((*stack, weights.shape[-2], value.shape[-1]), dtype=weights.dtype)
+    for j in range(weights.shape[-1]):
         total += weights[..., j, None]
         out += weights[..., j, None] * value[..., None, j, :]
-    out = out / np.where(total == 0, acc(1), total)
-    return round_to(out, dtype), (peak + np.log(total))[..., 0]
+    return out, total
 
 
-def _accumulator(array: Any, dtype: str) -> npt.NDArray[Any]:
+def _divided(out: Array, total: Array) -> Array:
+    return out / np.where(total == 0, total.dtype.type(1), total)
+
+
+def _softmax(scores: Array, visible: Bool, value: Array, sinks: Array | None = None) -> tuple[Array, Array]:
+    """The formula on scores `[..., L, S]` and values `[..., S, Ev]`; sinks are `[..., L, 1]`."""
+    zero = scores.dtype.type(0)
+    scores = np.where(visible, scores, -np.inf).astype(scores.dtype)
+    peak = np.max(scores, axis=-1, keepdims=True, initial=-np.inf).astype(scores.dtype)
+    peak = peak if sinks is None else np.maximum(peak, sinks)
+    base = np.where(np.isneginf(peak), zero, peak)
+    out, total = _sum(np.exp(scores - base), value)
+    total = total if sinks is None else total + np.exp(sinks - base)
+    return _divided(out, total), (peak + np.log(total))[..., 0]
+
+
+def _normalized(scores: Array, visible: Bool, value: Array, normalizer: Any) -> tuple[Array, Array]:
+    """The same under a normalizer."""
+    weights, is_divided = weights_of(scores, normalizer)
+    out, total = _sum(np.where(visible, weights, scores.dtype.type(0)), value)
+    return _divided(out, total) if is_divided else out, np.log(total)[..., 0]
+
+
+def _accumulator(array: Any, dtype: str) -> Array:
     return _widen(array).astype(np.float64 if dtype == "float64" else np.float32)
 
 
@@ -225,9 +236,17 @@ def naive_attention(
     *,
     dtype: str,
     causal: bool = False,
-    scale: float | None = None,
+    window_size: Any | None = None,
+    mask: Any | None = None,
+    scale: Any | None = None,
     bias: Any | None = None,
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    relative_bias: Any | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any | None = None,
+    sinks: Any | None = None,
+    length_scale: Any | None = None,
+    normalizer: Any | None = None,
+) -> tuple[Array, Array]:
     """`subquad.attention` by the naive formula, in the arithmetic that `dtype` allows.
 
     Scores, softmax and sums are float32 for float32, float16 and bfloat16, and float64 for float64; sums
@@ -239,9 +258,17 @@ def naive_attention(
         k: `[B, Sk, Hkv, D]`.
         v: `[B, Sk, Hkv, Dv]`.
         dtype: `"float64"`, `"float32"`, `"float16"` or `"bfloat16"`.
-        causal: whether query `i` sees only keys `j <= i + Sk - Sq`.
-        scale: factor of the scores. Default: `D ** -0.5`.
-        bias: boolean (False hides) or added to the scaled scores, broadcastable to `[B, H, Sq, Sk]`.
+        causal: see `subquad.attention`, as for all that follow.
+        window_size: one pair, or one for each head.
+        mask: an object of `subquad.masks`.
+        scale: a number, or what broadcasts to `[B, H, Sq]`. Default: `D ** -0.5`.
+        bias: boolean (False hides) or added to the scores, broadcastable to `[B, H, Sq, Sk]`.
+        relative_bias: `[H or 1, Sq + Sk - 1]`.
+        softcap: a number above 0.
+        alibi_slopes: `[H]` or `[B, H]`.
+        sinks: `[H]`, or of rank 2 or 3 and broadcastable to `[B, H, Sq]`.
+        length_scale: `[Sk + 1]`.
+        normalizer: an object of `subquad.normalizers`.
 
     Returns:
         The output `[B, Sq, H, Dv]`, rounded to `dtype`, and the log-sum-exp `[B, H, Sq]`.
@@ -249,10 +276,31 @@ def naive_attention(
     q, k, v = (np.moveaxis(_accumulator(x, dtype), 2, 1) for x in (q, k, v))
     group = q.shape[1] // k.shape[1] if k.shape[1] else 1
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-    offset = k.shape[2] - q.shape[2] if causal else None
+    acc = q.dtype.type
+    shape = (*q.shape[:3], k.shape[2])
+    visible = visible_keys(shape, causal=causal, window_size=window_size, mask=mask)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        out, lse = _naive(q, k, v, bias=bias, causal_offset=offset, scale=scale, dtype=dtype)
-    return np.moveaxis(out, 1, 2), lse
+        scores = scales(scale, _numbers(length_scale), q.shape[-1], visible, acc) * _products(q, k)
+        scores, shown = modified(
+            scores,
+            softcap=softcap,
+            alibi_slopes=_numbers(alibi_slopes),
+            bias=_numbers(bias),
+            relative_bias=_numbers(relative_bias),
+        )
+        visible = visible & shown
+        if normalizer is None:
+            logits = None if sinks is None else sink_logits(_widen(sinks), shape[:3], acc)
+            out, lse = _softmax(scores, visible, v, logits)
+        else:
+            out, lse = _normalized(scores, visible, v, normalizer)
+    return np.moveaxis(round_to(out, dtype), 1, 2), lse
+
+
+def _numbers(array: Any | None) -> Array | None:
+    """Returns booleans as they are and numbers as float64."""
+    is_boolean = array is not None and _dtype_name(array) == "bool"
+    return None if array is None else np.asarray(array) if is_boolean else _widen(array)
 
 
 def naive_scaled_dot_product_attention(
@@ -265,7 +313,7 @@ def naive_scaled_dot_product_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> npt.NDArray[Any]:
+) -> Array:
     """`subquad.scaled_dot_product_attention` by the naive formula; see `naive_attention`.
 
     Args:
@@ -284,6 +332,13 @@ def naive_scaled_dot_product_attention(
     query, key, value = (_accumulator(x, dtype) for x in (query, key, value))
     if enable_gqa:
         key, value = (np.repeat(x, query.shape[-3] // x.shape[-3], axis=-3) for x in (key, value))
+    acc = query.dtype.type
+    scale = max(query.shape[-1], 1) ** -0.5 if scale is None else scale
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        offset = 0 if is_causal else None
-        return _naive(query, key, value, bias=attn_mask, causal_offset=offset, scale=scale, dtype=dtype)[0]
+        scores = _products(query, key) * acc(scale)
+        stack = np.broadcast_shapes(scores.shape[:-2], value.shape[:-2])
+        scores = np.broadcast_to(scores, (*stack, *scores.shape[-2:]))
+        added, visible = split_bias(_numbers(attn_mask), scores.shape, acc)
+        if is_causal:
+            visible = visible & np.tri(*scores.shape[-2:], dtype=np.bool_)
+        return round_to(_softmax(scores + added, visible, value)[0], dtype)

@@ -3,11 +3,11 @@
 use super::array::{Array, Kind, Layout};
 use super::broadcast;
 use super::dlpack::Memory;
+use super::options::{Given, Negative, Options, WindowSize};
 use super::{enter, result, runtime};
 use crate::dtype::{DType, Element};
 use crate::error::Error;
 use crate::kernels::exact::{self, ExactArgs, ExactOut};
-use crate::kernels::mask::Mask;
 use crate::parallel::{RowWriter, rows_are_disjoint};
 use crate::simd::SimdElement;
 use crate::tensor::{AttnShape, Tensor, shape_text};
@@ -94,10 +94,10 @@ pub struct Call<'a> {
     /// The additive or boolean mask with the shape it broadcasts to, and the place along its leading axes and
     /// heads.
     pub bias: (Option<&'a Array<'a>>, &'a [usize], &'a [usize], usize),
-    /// Which keys are seen, by position.
-    pub mask: Mask,
-    /// Factor of the scores; `None` for `1 / sqrt(head_dim)`.
-    pub scale: Option<f64>,
+    /// Diagonals of an additive Toeplitz matrix for each head.
+    pub relative_bias: Option<&'a Array<'a>>,
+    /// All else.
+    pub options: &'a Options,
     /// `[B, Sq, H, Dv]`.
     pub out: View<'a>,
     /// `[B, Sq, H, 1]`.
@@ -114,10 +114,14 @@ pub fn run<T: SimdElement>(py: Python<'_>, call: &Call<'_>) -> PyResult<()> {
         q: call.q.tensor()?,
         k: call.k.tensor()?,
         v: call.v.tensor()?,
-        scale: call.scale.unwrap_or(call.shape.default_scale()),
-        mask: call.mask,
-        bias: broadcast::bias(call.bias.0, call.bias.1, call.bias.2, call.bias.3)?,
-        layout: None,
+        segments: call.options.segments(),
+        pages: None,
+        mask: call.options.mask(),
+        biases: [
+            broadcast::bias(call.bias.0, call.bias.1, call.bias.2, call.bias.3)?,
+            broadcast::toeplitz(call.relative_bias, [call.shape.num_heads, call.shape.seqlen_q, call.shape.seqlen_k])?,
+        ],
+        mods: call.options.mods(),
     };
     let out = ExactOut { out: writer(&call.out)?, lse: call.lse.as_ref().map(writer).transpose()? };
     let (level, threads, blocking) = (runtime::level()?, runtime::threads(py)?, runtime::blocking()?);
@@ -182,15 +186,24 @@ pub fn check_memory(out: &Array<'_>, inputs: &[&Array<'_>]) -> Result<(), Error>
 
 /// `softmax(scale * q k^T + bias) v`; documented in `subquad.ops.exact`.
 #[pyfunction]
-#[pyo3(signature = (q, k, v, *, causal=false, scale=None, bias=None, return_lse=false, out=None))]
+#[pyo3(signature = (q, k, v, *, causal=false, window_size=None, mask=None, scale=None, bias=None, relative_bias=None,
+    softcap=None, alibi_slopes=None, sinks=None, length_scale=None, normalizer=None, return_lse=false, out=None))]
 #[expect(clippy::too_many_arguments, reason = "the Python signature")]
 pub fn attention<'py>(
     q: &Bound<'py, PyAny>,
     k: &Bound<'py, PyAny>,
     v: &Bound<'py, PyAny>,
     causal: bool,
-    scale: Option<f64>,
+    window_size: Option<&Bound<'py, PyAny>>,
+    mask: Option<&Bound<'py, PyAny>>,
+    scale: Option<&Bound<'py, PyAny>>,
     bias: Option<&Bound<'py, PyAny>>,
+    relative_bias: Option<&Bound<'py, PyAny>>,
+    softcap: Option<f64>,
+    alibi_slopes: Option<&Bound<'py, PyAny>>,
+    sinks: Option<&Bound<'py, PyAny>>,
+    length_scale: Option<&Bound<'py, PyAny>>,
+    normalizer: Option<&Bound<'py, PyAny>>,
     return_lse: bool,
     out: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyAny>> {
@@ -199,6 +212,7 @@ pub fn attention<'py>(
     let k = Array::import("k", k, Layout::Rows)?;
     let v = Array::import("v", v, Layout::Rows)?;
     let bias = bias.map(|bias| Array::import("bias", bias, Layout::Any)).transpose()?;
+    let relative_bias = relative_bias.map(|bias| Array::import("relative_bias", bias, Layout::Any)).transpose()?;
     let dtype = q.float()?;
     q.check_same(&k)?;
     q.check_same(&v)?;
@@ -210,8 +224,12 @@ pub fn attention<'py>(
     let lse_shape = [batch, num_heads, seqlen_q];
     let given = out.map(|out| Array::import("out", out, Layout::InPlace)).transpose()?;
     if let Some(out) = &given {
+        let tables = [("scale", scale), ("alibi_slopes", alibi_slopes), ("sinks", sinks), ("length_scale", length_scale)];
+        let is_array = |object: &Bound<'py, PyAny>| object.getattr("ndim").is_ok_and(|n| n.extract::<usize>().is_ok_and(|n| n > 0));
+        let tables = tables.into_iter().filter_map(|(arg, table)| table.filter(|table| is_array(table)).map(|table| (arg, table)));
+        let tables = tables.map(|(arg, table)| Array::import(arg, table, Layout::Any)).collect::<PyResult<Vec<_>>>()?;
         let mut inputs = vec![&q, &k, &v];
-        inputs.extend(&bias);
+        inputs.extend(bias.iter().chain(&relative_bias).chain(&tables));
         check_out(out, &out_shape, &q, &inputs)?;
     }
     let scores = [batch, num_heads, seqlen_q, seqlen_k];
@@ -219,6 +237,13 @@ pub fn attention<'py>(
         q.check_kind(bias)?;
         broadcast::check_bias(bias, &scores, dtype)?;
     }
+    if let Some(bias) = &relative_bias {
+        q.check_kind(bias)?;
+        broadcast::check_toeplitz(bias, [num_heads, seqlen_q, seqlen_k], dtype)?;
+    }
+    let windows = WindowSize::read(window_size, num_heads, Negative::Refused)?;
+    let asked = Given { scale, length_scale, softcap, alibi_slopes, sinks, normalizer, mask };
+    let options = Options::read(&q, &shape, causal, windows, &asked)?;
     let fresh = given.is_none();
     let out = given.map_or_else(|| result::empty("out", &q, &out_shape, dtype), Ok)?;
     let lse = return_lse.then(|| result::empty("lse", &q, &lse_shape, lse_dtype(dtype))).transpose()?;
@@ -228,8 +253,8 @@ pub fn attention<'py>(
         k: views[1],
         v: views[2],
         bias: (bias.as_ref(), &scores, &[], 0),
-        mask: if causal { Mask::causal_bottom_right(seqlen_q, seqlen_k) } else { Mask::None },
-        scale,
+        relative_bias: relative_bias.as_ref(),
+        options: &options,
         out: View::in_order(&out, "[B, Sq, H, Dv]")?,
         lse: lse.as_ref().map(|lse| View::of_lse(lse, &shape)),
     };

@@ -13,12 +13,12 @@ pub const NEGATIVE: usize = usize::MAX;
 ///
 /// # Errors
 /// [`Error::DType`] or [`Error::Shape`], or those of the import.
-pub fn read(
+pub fn read_signed(
     arg: &'static str,
     object: &Bound<'_, PyAny>,
     shape: &[Option<usize>],
     expected: &str,
-) -> PyResult<(Vec<usize>, Vec<usize>)> {
+) -> PyResult<(Vec<usize>, Vec<i64>)> {
     let array = Array::import(arg, object, Layout::Any)?;
     let got = array.shape();
     if got.len() != shape.len() || got.iter().zip(shape).any(|(&n, &wanted)| wanted.is_some_and(|wanted| wanted != n)) {
@@ -37,7 +37,21 @@ pub fn read(
             return Err(Error::DType { arg, expected: "int32 or int64".into(), got: other.to_string() }.into());
         }
     };
-    Ok((got.to_vec(), values.into_iter().map(|x| usize::try_from(x).unwrap_or(NEGATIVE)).collect()))
+    Ok((got.to_vec(), values))
+}
+
+/// As [`read_signed`], with [`NEGATIVE`] for what is below 0.
+///
+/// # Errors
+/// As [`read_signed`].
+pub fn read(
+    arg: &'static str,
+    object: &Bound<'_, PyAny>,
+    shape: &[Option<usize>],
+    expected: &str,
+) -> PyResult<(Vec<usize>, Vec<usize>)> {
+    let (shape, values) = read_signed(arg, object, shape, expected)?;
+    Ok((shape, values.into_iter().map(|x| usize::try_from(x).unwrap_or(NEGATIVE)).collect()))
 }
 
 /// Positions of the elements of a one- or two-dimensional array, in order.

@@ -2,13 +2,13 @@
 
 use super::array::{Array, Layout};
 use super::attention::{View, check_memory, dispatch_dtype, lse_dtype, writer};
+use super::options::{Given, Negative, Options, WindowSize};
 use super::{enter, integers, result, runtime};
 use crate::dtype::{DType, Element};
 use crate::error::Error;
 use crate::index::{KeyLayout, Pages};
 use crate::kernels::bias::Bias;
-use crate::kernels::exact::{ExactArgs, ExactOut, decode};
-use crate::kernels::mask::Mask;
+use crate::kernels::exact::{self, ExactArgs, ExactOut, decode};
 use crate::kernels::rotary::{Pairing, Rotary};
 use crate::parallel::{RowWriter, axes_are_disjoint};
 use crate::simd::SimdElement;
@@ -31,7 +31,7 @@ struct CachedCall<'a, 'py> {
     /// Tokens of each sequence before the new ones.
     lengths: Vec<usize>,
     causal: bool,
-    scale: Option<f64>,
+    options: Options,
     num_splits: Option<usize>,
     out: View<'a>,
     lse: Option<View<'a>>,
@@ -65,14 +65,19 @@ fn run<T: SimdElement>(py: Python<'_>, call: &CachedCall<'_, '_>) -> PyResult<()
         q: rotated.as_ref().map_or(Ok(q), |data| Tensor::contiguous("q", data, q.shape()))?,
         k: call.caches[0].tensor()?,
         v: call.caches[1].tensor()?,
-        scale: call.scale.unwrap_or(shape.default_scale()),
-        mask: if call.causal { Mask::causal_bottom_right(shape.seqlen_q, shape.seqlen_k) } else { Mask::None },
-        bias: Bias::None,
-        layout: Some(&call.layout),
+        segments: call.options.segments(),
+        pages: call.layout.pages.as_ref(),
+        mask: call.options.mask(),
+        biases: [Bias::None; 2],
+        mods: call.options.mods(),
     };
     let out = ExactOut { out: writer(&call.out)?, lse: call.lse.as_ref().map(writer).transpose()? };
+    let blocking = runtime::blocking()?;
     let num_splits = call.num_splits;
-    enter::enter(py, || decode::forward(&args, &out, level, threads, num_splits))
+    enter::enter(py, || match num_splits {
+        None => exact::forward(&args, &out, level, threads, blocking),
+        splits => decode::forward(&args, &out, level, threads, splits),
+    })
 }
 
 fn append<T: Element>(
@@ -107,38 +112,6 @@ fn rotate_queries<T: Element>(q: &Tensor<'_, T>, call: &CachedCall<'_, '_>, rota
         rotary.rotate(q.row(b, t, head), if call.causal { first + t } else { first }, out);
     }
     rotated
-}
-
-fn side(n: Option<i64>) -> String {
-    n.filter(|&n| n >= 0).map_or_else(|| "any number".into(), |n| n.to_string())
-}
-
-/// Options of `FlashAttention`'s function that are not served yet, or that say "off" in its own way.
-fn refuse_unsupported(
-    window_size: Option<&Bound<'_, PyAny>>,
-    softcap: Option<f64>,
-    alibi_slopes: Option<&Bound<'_, PyAny>>,
-) -> Result<(), Error> {
-    type Sides = (Option<i64>, Option<i64>);
-    let unsupported =
-        |what: String| Err(Error::Unsupported { what, instead: "pass None, or a bias to subquad.attention".into() });
-    let window_size = window_size.map(|sides| {
-        let got = || sides.repr().map_or_else(|_| "another object".into(), |text| text.to_string());
-        let expected = || "None or a pair, each an integer or None".into();
-        sides.extract::<Sides>().map_err(|_| Error::Kind { arg: "window_size", expected: expected(), got: got() })
-    });
-    if let Some((left, right)) = window_size.transpose()?
-        && left.max(right).is_some_and(|n| n >= 0)
-    {
-        return unsupported(format!("window_size: a window of {} to the left and {} to the right", side(left), side(right)));
-    }
-    if softcap.is_some_and(|cap| cap != 0.0) {
-        return unsupported(format!("softcap: a soft-cap of {}", softcap.unwrap_or_default()));
-    }
-    if alibi_slopes.is_some() {
-        return unsupported("alibi_slopes: ALiBi".into());
-    }
-    Ok(())
 }
 
 /// Checks that no row or page that is written is used twice.
@@ -270,7 +243,7 @@ fn key_layout(
 #[pyfunction]
 #[pyo3(signature = (q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
     cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=false, window_size=None,
-    softcap=None, rotary_interleaved=true, alibi_slopes=None, num_splits=None, return_softmax_lse=false))]
+    softcap=None, rotary_interleaved=true, alibi_slopes=None, num_splits=None, return_softmax_lse=false, *, sinks=None))]
 #[expect(clippy::too_many_arguments, reason = "FlashAttention's signature")]
 pub fn attention_with_kvcache<'py>(
     q: &Bound<'py, PyAny>,
@@ -292,9 +265,9 @@ pub fn attention_with_kvcache<'py>(
     alibi_slopes: Option<&Bound<'py, PyAny>>,
     num_splits: Option<i64>,
     return_softmax_lse: bool,
+    sinks: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let py = q.py();
-    refuse_unsupported(window_size, softcap, alibi_slopes)?;
     let q = Array::import("q", q, Layout::Rows)?;
     let k_cache = Array::import("k_cache", k_cache, Layout::InPlace)?;
     let v_cache = Array::import("v_cache", v_cache, Layout::InPlace)?;
@@ -354,6 +327,11 @@ pub fn attention_with_kvcache<'py>(
         let longest = (0..batch).map(|b| lengths[b] - layout.ranges[b].start).max().unwrap_or(0);
         check_rotary(cos, sin, &q, shape.head_dim, longest + appended.max(if causal { seqlen_q } else { 1 }))?;
     }
+    let windows = WindowSize::read(window_size, shape.num_heads, Negative::Unbounded)?;
+    let softcap = softcap.filter(|&cap| cap != 0.0);
+    let given = Given { softcap, alibi_slopes, sinks, ..Given::default() };
+    let mut options = Options::read(&q, &shape, causal, windows, &given)?.with_segments(layout.segments(seqlen_q));
+    options.set_scale(softmax_scale);
     let num_splits = match num_splits {
         None | Some(0) => None,
         Some(n) => Some(usize::try_from(n).map_err(|_| Error::Value {
@@ -377,7 +355,7 @@ pub fn attention_with_kvcache<'py>(
         layout,
         lengths,
         causal,
-        scale: softmax_scale,
+        options,
         num_splits,
         out: View::in_order(&out, "[B, Sq, H, Dv]")?,
         lse: lse.as_ref().map(|lse| View::of_lse(lse, &shape)),

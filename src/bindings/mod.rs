@@ -8,12 +8,15 @@ mod enter;
 mod errors;
 mod integers;
 mod kvcache;
+mod masks;
 mod merge;
+mod options;
 mod probes;
 mod result;
 mod runtime;
 mod sdpa;
 mod torch;
+mod varlen;
 
 use pyo3::prelude::*;
 
@@ -22,6 +25,7 @@ use pyo3::prelude::*;
 fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_function(wrap_pyfunction!(attention::attention, module)?)?;
+    module.add_function(wrap_pyfunction!(varlen::attention_varlen, module)?)?;
     module.add_function(wrap_pyfunction!(kvcache::attention_with_kvcache, module)?)?;
     module.add_function(wrap_pyfunction!(merge::merge_attention, module)?)?;
     module.add_function(wrap_pyfunction!(sdpa::scaled_dot_product_attention, module)?)?;

@@ -2,10 +2,11 @@
 
 use super::array::{Array, Layout};
 use super::attention::{Call, View, dispatch_dtype, run};
+use super::options::Options;
 use super::{broadcast, result};
 use crate::dtype::DType;
 use crate::error::Error;
-use crate::kernels::mask::Mask;
+use crate::kernels::mask::Window;
 use crate::tensor::{AttnShape, shape_text};
 use half::{bf16, f16};
 use pyo3::exceptions::PyValueError;
@@ -162,6 +163,8 @@ pub fn scaled_dot_product_attention<'py>(
     let out = Stack::new(&result, &leading, heads)?;
     // An empty result needs no call, however many leading axes it has.
     let outer: &[usize] = if full.contains(&0) { &[0] } else { outer };
+    let window = if is_causal { Window::CAUSAL } else { Window::ALL };
+    let options = Options::plain(&shape, scale, window, 0);
     for (index, head) in indices(outer).flat_map(|index| (0..turns).map(move |head| (index.clone(), head))) {
         let [q, k, v] = [0, 1, 2].map(|i| view(i, &index, head));
         let whole = out.view(&index);
@@ -171,8 +174,8 @@ pub fn scaled_dot_product_attention<'py>(
             k,
             v,
             bias: (mask.as_ref(), &scores, &index, head),
-            mask: if is_causal { Mask::causal_top_left() } else { Mask::None },
-            scale,
+            relative_bias: None,
+            options: &options,
             out: if by_head { whole.head(head) } else { whole },
             lse: None,
         };

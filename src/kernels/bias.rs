@@ -1,33 +1,36 @@
 //! Dense masks and additive biases, broadcast by strides, never expanded.
 
-use crate::dtype::Element;
+use crate::dtype::{Element, Float};
 
-/// A broadcast `[B, H, Sq, Sk]` array of any strides, 0 included.
+/// A broadcast `[B, H, Sq, Sk]` array of any strides: 0 along what shares values, negative along the queries of a Toeplitz matrix.
 #[derive(Debug, Clone, Copy)]
 pub struct BiasView<'a, U> {
-    /// The elements, from the first to the last.
+    /// The elements.
     pub data: &'a [U],
+    /// Place of the element of the first query and key.
+    pub origin: usize,
     /// Elements between neighbours along batch, head, query and key.
-    pub strides: [usize; 4],
+    pub strides: [isize; 4],
 }
 
 impl<'a, U> BiasView<'a, U> {
     /// Position of the first key's element.
     #[inline(always)]
-    fn start(&self, batch: usize, head: usize, token: usize) -> usize {
-        batch * self.strides[0] + head * self.strides[1] + token * self.strides[2]
+    fn start(&self, [batch, head, token]: [usize; 3]) -> isize {
+        let [b, h, t, _] = self.strides;
+        self.origin as isize + batch as isize * b + head as isize * h + token as isize * t
     }
 
     /// The elements of keys `first..first + count`, when they are adjacent.
     #[inline(always)]
     fn adjacent(&self, at: [usize; 3], first: usize, count: usize) -> Option<&'a [U]> {
-        let start = self.start(at[0], at[1], at[2]) + first;
+        let start = self.start(at) as usize + first;
         (self.strides[3] == 1).then(|| &self.data[start..start + count])
     }
 
     #[inline(always)]
     fn get(&self, at: [usize; 3], key: usize) -> &'a U {
-        &self.data[self.start(at[0], at[1], at[2]) + key * self.strides[3]]
+        &self.data[(self.start(at) + key as isize * self.strides[3]) as usize]
     }
 }
 
@@ -61,6 +64,16 @@ impl<T: Element> Bias<'_, T> {
         }
     }
 
+    /// Adds the values of keys `first..` of one query at `[batch, head, token]` to `out`.
+    #[inline(always)]
+    pub fn add(&self, at: [usize; 3], first: usize, out: &mut [T::Acc], scratch: &mut [T::Acc]) {
+        let scratch = &mut scratch[..out.len()];
+        self.read(at, first, scratch);
+        for (out, &x) in out.iter_mut().zip(&*scratch) {
+            *out = T::Acc::from_f64(out.to_f64() + x.to_f64());
+        }
+    }
+
     /// Writes the values of keys `first..` of one query at `[batch, head, token]` to all of `out`.
     #[inline(always)]
     pub fn read(&self, at: [usize; 3], first: usize, out: &mut [T::Acc]) {
@@ -75,7 +88,6 @@ impl<T: Element> Bias<'_, T> {
                 }
             }
         }
-        use crate::dtype::Float;
         match self {
             Self::None => out.fill(T::Acc::ZERO),
             Self::Bool(view) => {

@@ -10,4 +10,6 @@
 pub mod bias;
 pub mod exact;
 pub mod mask;
+pub mod mask_rules;
 pub mod rotary;
+pub mod score_mod;

@@ -4,5 +4,7 @@ pub mod dot;
 pub mod exp;
 pub mod load;
 pub mod online_softmax;
+pub mod score_pass;
+pub mod tanh;
 pub mod tile;
 pub mod weigh;

@@ -5,6 +5,8 @@
 
 use super::exp::exp2;
 use super::load::MAX_LANES;
+use super::score_pass::biased;
+use super::tanh::tanh;
 use crate::dtype::Float;
 use crate::simd::{BLOCK_ROWS, Isa, SimdElement, Vector, VectorKernel};
 use std::ops::Range;
@@ -50,32 +52,68 @@ pub fn column_peak<T: SimdElement, I: Isa>(column: &Column<'_, T::Acc>, keys: us
     peaks[0].max(peaks[1])
 }
 
-/// Turns `keys` rows of scores into rows of probability operands `2^(s * scale - base)`, in place, and returns their sum.
+/// How a score becomes a weight.
+pub trait WeightForm {
+    /// The weight of each lane; `-0` for a hidden key: adding `-0 * v` changes nothing for finite `v`, and marks the entry for the
+    /// path that non-finite values take.
+    fn weight<T: SimdElement, I: Isa>(score: T::V<I>, scale: T::V<I>, minus_base: T::V<I>) -> T::V<I>;
+}
+
+/// `2^(s * scale - base)`, no key hidden.
+pub struct Exponential;
+/// `2^(s * scale - base)`, hidden keys `-inf`.
+pub struct MaskedExponential;
+/// The score itself, hidden keys `-inf`.
+pub struct Ready;
+
+impl WeightForm for Exponential {
+    #[inline(always)]
+    fn weight<T: SimdElement, I: Isa>(score: T::V<I>, scale: T::V<I>, minus_base: T::V<I>) -> T::V<I> {
+        exp2::<T, I>(score.mul_add(scale, minus_base))
+    }
+}
+
+impl WeightForm for MaskedExponential {
+    #[inline(always)]
+    fn weight<T: SimdElement, I: Isa>(score: T::V<I>, scale: T::V<I>, minus_base: T::V<I>) -> T::V<I> {
+        let p = Exponential::weight::<T, I>(score, scale, minus_base);
+        T::V::<I>::splat(T::Acc::LOWEST).select_gt(score, T::V::<I>::splat(T::Acc::MINUS_ZERO), p)
+    }
+}
+
+impl WeightForm for Ready {
+    #[inline(always)]
+    fn weight<T: SimdElement, I: Isa>(score: T::V<I>, _scale: T::V<I>, _minus_base: T::V<I>) -> T::V<I> {
+        T::V::<I>::splat(T::Acc::LOWEST).select_gt(score, T::V::<I>::splat(T::Acc::MINUS_ZERO), score)
+    }
+}
+
+/// Turns rows of scores into rows of weight operands, in place, and returns the sum of the weights.
 ///
-/// Operand row `i` holds keys `DEPTH * i ..`; a missing last key counts as probability 0. With `MASKED`, a score of `-inf`
-/// becomes `-0`: adding `-0 * v` changes nothing for finite `v`, and marks the entry for the path that non-finite values take.
+/// `keys` starts at a multiple of `DEPTH`. Operand row `i` holds keys `DEPTH * i ..`; a missing last key counts as weight 0.
 #[inline(always)]
-pub fn probabilities<T: SimdElement, I: Isa, const MASKED: bool>(
+pub fn probabilities<T: SimdElement, I: Isa, W: WeightForm>(
     column: &mut Column<'_, T::Acc>,
-    keys: usize,
+    keys: Range<usize>,
     scale: T::V<I>,
     base: T::V<I>,
 ) -> T::V<I> {
     let stride = column.stride;
+    let depth = T::Kernel::<I>::DEPTH;
     let zero = T::V::<I>::splat(T::Acc::ZERO);
     let minus_base = zero.sub(base);
     let mut sums = [zero; 2];
-    let mut j = 0;
-    while j < keys {
+    let mut j = keys.start;
+    while j < keys.end {
         let mut p = [zero; 2];
-        let pair = keys - j >= 2;
-        p[0] = probability::<T, I, MASKED>(&column.rows[j * stride..], scale, minus_base);
+        let pair = keys.end - j >= 2;
+        p[0] = W::weight::<T, I>(T::V::<I>::load(&column.rows[j * stride..]), scale, minus_base);
         sums[0] = sums[0].add(p[0]);
         if pair {
-            p[1] = probability::<T, I, MASKED>(&column.rows[(j + 1) * stride..], scale, minus_base);
+            p[1] = W::weight::<T, I>(T::V::<I>::load(&column.rows[(j + 1) * stride..]), scale, minus_base);
             sums[1] = sums[1].add(p[1]);
         }
-        if T::Kernel::<I>::DEPTH == 2 {
+        if depth == 2 {
             T::Kernel::<I>::fold(p).store(&mut column.rows[j / 2 * stride..]);
         } else {
             p[0].store(&mut column.rows[j * stride..]);
@@ -88,23 +126,22 @@ pub fn probabilities<T: SimdElement, I: Isa, const MASKED: bool>(
     sums[0].add(sums[1])
 }
 
-#[inline(always)]
-fn probability<T: SimdElement, I: Isa, const MASKED: bool>(row: &[T::Acc], scale: T::V<I>, minus_base: T::V<I>) -> T::V<I> {
-    let s = T::V::<I>::load(row);
-    let p = exp2::<T, I>(s.mul_add(scale, minus_base));
-    if MASKED { T::V::<I>::splat(T::Acc::LOWEST).select_gt(s, T::V::<I>::splat(T::Acc::MINUS_ZERO), p) } else { p }
-}
-
 /// `scale` in base 2.
 pub fn scale_base2<A: Float>(scale: f64) -> A {
     A::from_f64(scale * std::f64::consts::LOG2_E)
 }
 
-/// Bias in base 2. The lowest numbers, which many use to hide keys, stay finite: a row that has nothing else averages its values.
-#[inline(always)]
-pub fn finite_bias<T: SimdElement, I: Isa>(bias: T::V<I>) -> T::V<I> {
-    let base2 = T::V::<I>::splat(T::Acc::from_f64(std::f64::consts::LOG2_E));
-    T::V::<I>::splat(T::Acc::LOWEST).max(bias.mul(base2))
+/// What is done to one row of scores. Numbers are in units of `unit`, which makes them base 2 for exponentials.
+#[derive(Clone, Copy)]
+pub struct RowPass<'a, A> {
+    /// Factor of the scores; with a cap, of what enters `tanh`.
+    pub scale: A,
+    /// `unit * cap`.
+    pub cap: Option<A>,
+    /// What is added to each key's score.
+    pub bias: Option<&'a [A; BLOCK_ROWS]>,
+    /// Factor of `bias`.
+    pub unit: A,
 }
 
 /// Scales and masks one row of scores in place, keys in the lanes, `-inf` where a key of `count` is hidden and beyond them; returns
@@ -113,22 +150,21 @@ pub fn finite_bias<T: SimdElement, I: Isa>(bias: T::V<I>) -> T::V<I> {
 pub fn row_scores<T: SimdElement, I: Isa>(
     scores: &mut [T::Acc],
     (count, seen): (usize, Range<usize>),
-    scale: T::Acc,
-    bias: Option<&[T::Acc; BLOCK_ROWS]>,
+    pass: RowPass<'_, T::Acc>,
 ) -> (T::V<I>, bool) {
     let lanes = T::V::<I>::LANES;
     let splat = T::V::<I>::splat;
     let lowest = splat(T::Acc::NEG_INFINITY);
-    let whole = bias.is_none() && seen == (0..scores.len());
+    let whole = pass.bias.is_none() && seen == (0..scores.len());
     let mut peak = lowest;
     for (j, row) in scores.chunks_exact_mut(lanes).enumerate() {
-        let mut s = T::V::<I>::load(row).mul(splat(scale));
+        let mut s = T::V::<I>::load(row).mul(splat(pass.scale));
+        if let Some(cap) = pass.cap {
+            s = tanh::<T, I>(s).mul(splat(cap));
+        }
         if !whole {
-            if let Some(bias) = bias {
-                let bias = T::V::<I>::load(&bias[j * lanes..]);
-                s = s.add(finite_bias::<T, I>(bias));
-                // A hidden key's score may be NaN, and NaN + -inf is NaN.
-                s = splat(T::Acc::LOWEST).select_gt(bias, lowest, s);
+            if let Some(bias) = pass.bias {
+                s = biased::<T, I>(s, T::V::<I>::load(&bias[j * lanes..]), pass.unit);
             }
             let position = T::V::<I>::load(&positions::<T::Acc>(j * lanes));
             s = splat(T::Acc::from_f64(seen.end as f64)).select_gt(position, s, lowest);
@@ -138,6 +174,16 @@ pub fn row_scores<T: SimdElement, I: Isa>(
         peak = peak.max(s);
     }
     (peak, !whole && scores[..count].contains(&T::Acc::NEG_INFINITY))
+}
+
+/// The maximum of a row of scores, lane by lane.
+#[inline(always)]
+pub fn row_peak<T: SimdElement, I: Isa>(scores: &[T::Acc]) -> T::V<I> {
+    let mut peak = T::V::<I>::splat(T::Acc::NEG_INFINITY);
+    for row in scores.chunks_exact(T::V::<I>::LANES) {
+        peak = peak.max(T::V::<I>::load(row));
+    }
+    peak
 }
 
 /// [`step`] for as many rows as there are lanes, given the maxima of each row lane by lane.
@@ -150,19 +196,17 @@ pub fn rows_step<T: SimdElement, I: Isa>(m: T::V<I>, peaks: <T::V<I> as Vector>:
     step::<T, I>(m, peak)
 }
 
-/// Turns one row of scores from [`row_scores`] into probabilities, in place, and adds them to `sums` lane by lane. Where
-/// `masked`, the probability of a hidden key is `-0`.
+/// Turns one row of scores from [`row_scores`] into weights, in place, and adds them to `sums` lane by lane. The weight of a hidden
+/// key is `-0`.
 #[inline(always)]
-pub fn row_probabilities<T: SimdElement, I: Isa>(scores: &mut [T::Acc], base: T::Acc, masked: bool, sums: &mut [T::Acc]) {
+pub fn row_probabilities<T: SimdElement, I: Isa, W: WeightForm>(scores: &mut [T::Acc], base: T::Acc, sums: &mut [T::Acc]) {
     let splat = T::V::<I>::splat;
+    let one = splat(T::Acc::from_f64(1.0));
+    let minus_base = splat(T::Acc::ZERO).sub(splat(base));
     let mut sum = T::V::<I>::load(sums);
     for row in scores.chunks_exact_mut(T::V::<I>::LANES) {
-        let s = T::V::<I>::load(row);
-        let mut p = exp2::<T, I>(s.sub(splat(base)));
+        let p = W::weight::<T, I>(T::V::<I>::load(row), one, minus_base);
         sum = sum.add(p);
-        if masked {
-            p = splat(T::Acc::LOWEST).select_gt(s, splat(T::Acc::MINUS_ZERO), p);
-        }
         p.store(row);
     }
     sum.store(sums);
@@ -180,7 +224,7 @@ fn positions<A: Float>(first: usize) -> [A; MAX_LANES] {
 
 /// `ln` of the sum of exponentials, from the running maximum and sum in base 2; `-inf` where no key was seen.
 pub fn log_sum_exp<A: Float>(m: A, l: A) -> A {
-    // A maximum that `finite_bias` had to hold back is at least as low in base e.
+    // A maximum that `biased` had to hold back is at least as low in base e.
     if m == A::LOWEST {
         return m;
     }

@@ -16,24 +16,25 @@
 
 use super::load::{MAX_LANES, load_padded, load_row, load_rows};
 use crate::dtype::Float;
+use crate::index::KeyPlaces;
 use crate::simd::{Isa, SimdElement, Vector, VectorKernel, prefetch, tile};
 use crate::tensor::Tensor;
 use crate::workspace::padded;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Consecutive rows of one head.
+/// Keys or values of one head at consecutive positions.
 #[derive(Debug, Clone, Copy)]
 pub struct HeadRows<'a, T> {
     /// The keys or values.
     pub tensor: Tensor<'a, T>,
-    /// Sequence.
-    pub batch: usize,
+    /// Where they lie.
+    pub places: KeyPlaces<'a>,
     /// Key/value head.
     pub head: usize,
-    /// First token.
+    /// First position.
     pub first: usize,
-    /// Number of tokens.
+    /// Number of rows.
     pub count: usize,
 }
 
@@ -41,14 +42,14 @@ impl<'a, T: Copy> HeadRows<'a, T> {
     /// Row `i < count`.
     #[inline(always)]
     pub fn get(&self, i: usize) -> &'a [T] {
-        self.tensor.row(self.batch, self.first + i, self.head)
+        let (batch, token) = self.places.place(self.first + i);
+        self.tensor.row(batch, token, self.head)
     }
 
-    /// The same head's rows that follow, up to `limit` tokens in all.
+    /// The same head's rows at `positions`.
     #[inline(always)]
-    pub fn following(&self, limit: usize) -> Self {
-        let first = self.first + self.count;
-        Self { first, count: self.count.min(limit.saturating_sub(first)), ..*self }
+    pub fn moved(&self, positions: &Range<usize>) -> Self {
+        Self { first: positions.start, count: positions.len(), ..*self }
     }
 
     /// Starts bringing part `part` of `parts` into the cache.

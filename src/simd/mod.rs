@@ -51,6 +51,8 @@ pub trait Vector: Copy + 'static {
     fn sub(self, other: Self) -> Self;
     /// `self * other`.
     fn mul(self, other: Self) -> Self;
+    /// `self / other`.
+    fn div(self, other: Self) -> Self;
     /// `self * factor + addend`, fused where the level can.
     fn mul_add(self, factor: Self, addend: Self) -> Self;
     /// The larger lane; `other` where either is NaN.

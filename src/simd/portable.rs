@@ -23,6 +23,7 @@ pub trait PortableFloat: Float {
     fn add(x: Self, y: Self) -> Self;
     fn sub(x: Self, y: Self) -> Self;
     fn mul(x: Self, y: Self) -> Self;
+    fn div(x: Self, y: Self) -> Self;
     fn round_even(self) -> Self;
     /// `2^self` for an integral value in `[FLOOR, max exponent]`, 0 at `FLOOR`.
     fn exp2_integral(self) -> Self;
@@ -45,6 +46,10 @@ impl PortableFloat for f32 {
     #[inline(always)]
     fn mul(x: Self, y: Self) -> Self {
         x * y
+    }
+    #[inline(always)]
+    fn div(x: Self, y: Self) -> Self {
+        x / y
     }
     #[inline(always)]
     fn round_even(self) -> Self {
@@ -74,6 +79,10 @@ impl PortableFloat for f64 {
     #[inline(always)]
     fn mul(x: Self, y: Self) -> Self {
         x * y
+    }
+    #[inline(always)]
+    fn div(x: Self, y: Self) -> Self {
+        x / y
     }
     #[inline(always)]
     fn round_even(self) -> Self {
@@ -121,6 +130,10 @@ impl<E: PortableFloat> Vector for Lanes<E> {
     #[inline(always)]
     fn mul(self, other: Self) -> Self {
         self.map2(other, E::mul)
+    }
+    #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        self.map2(other, E::div)
     }
     #[inline(always)]
     fn mul_add(self, factor: Self, addend: Self) -> Self {

@@ -16,13 +16,15 @@ IDS = [str(path.relative_to(PACKAGE)) for path in FILES]
 # Modules of one layer do not import each other, except within one package.
 LAYERS = [
     {"_native": set()},
-    {"_runtime": set(), "ops": set(), "reference": {"numpy"}, "testing": {"numpy"}},
+    {"masks": {"numpy"}, "normalizers": set(), "biases": {"numpy"}},
+    {"_runtime": set(), "ops": set(), "reference": {"numpy"}},
+    {"testing": {"numpy"}, "flash_attn": set()},
     {"torch": {"torch"}},
     {"hf": {"torch", "transformers", "numpy"}},
     {"cli": {"numpy", "torch"}},
 ]
-# Below everything: what the package itself offers.
-ROOT = {"_native", "_runtime", "ops"}
+# What the package itself offers, and what it imports when it is asked for.
+ROOT = {"_native", "_runtime", "ops", "masks", "normalizers", "biases", "flash_attn"}
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
 

@@ -26,6 +26,9 @@ expected, expected_lse = subquad.reference.attention(q, q, q, causal=True, retur
 naive, naive_lse = subquad.testing.naive_attention(q, q, q, dtype="float32", causal=True)
 subquad.testing.assert_close(out, expected, naive=naive)
 subquad.testing.assert_close(lse, expected_lse, naive=naive_lse)
+mask = subquad.masks.chunked(2) & subquad.masks.causal()
+masked = subquad.attention(q, q, q, mask=mask, normalizer=subquad.normalizers.ReLU())
+assert masked.shape == q.shape
 sdpa = subquad.scaled_dot_product_attention(q, q, q)
 assert sdpa.dtype == np.float32 and sdpa.shape == q.shape
 """
@@ -41,6 +44,25 @@ print(*sorted(root for root in roots if root not in sys.stdlib_module_names))
 print(*sorted(name for name in sys.modules if name in {OPTIONAL!r}))
 """
     assert [line.split() for line in run_python(code).splitlines()] == [["subquad"], []]
+
+
+def test_descriptions_are_imported_when_they_are_used(run_python):
+    code = """
+import sys
+import subquad
+names = ["biases", "flash_attn", "masks", "normalizers"]
+print([name for name in names if f"subquad.{name}" in sys.modules], set(names) <= set(dir(subquad)))
+print(subquad.masks.causal(), subquad.normalizers.ReLU(), subquad.biases.__name__, subquad.flash_attn.__name__)
+try:
+    subquad.nothing
+except AttributeError as error:
+    print(error)
+"""
+    assert run_python(code).splitlines() == [
+        "[] True",
+        "causal() ReLU(power=1.0, normalize=True) subquad.biases subquad.flash_attn",
+        "module 'subquad' has no attribute 'nothing'",
+    ]
 
 
 def test_using_imports_no_library_that_was_not_there(run_python):

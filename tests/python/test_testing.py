@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from subquad import reference
+from subquad import masks, normalizers, reference
 from subquad.testing import (
     FLOORS,
     SPACING,
@@ -210,6 +210,15 @@ def test_the_naive_formula_is_the_oracles(dtype, draw):
         {"scale": -0.7},
         {"bias": np.random.default_rng(0).random((4, 9, 14)) > 0.5},
         {"bias": draw("float32", 2, 1, 1, 14), "causal": True},
+        {"window_size": (3, 1), "mask": masks.chunked(4) | masks.prefix([1, 3])},
+        {"window_size": np.array([[0, 2], [3, -1], [-1, 0], [5, 5]]), "causal": True},
+        {"scale": draw("float32", 4, 9), "length_scale": draw("float32", 15), "causal": True},
+        {"softcap": 1.5, "alibi_slopes": draw("float32", 4), "relative_bias": draw("float32", 4, 22)},
+        {"sinks": draw("float32", 4), "window_size": (0, 0)},
+        {"normalizer": normalizers.Sigmoid(-1.0)},
+        {"normalizer": normalizers.Softplus(), "causal": True},
+        {"normalizer": normalizers.ReLU(2), "scale": 1.0},
+        {"normalizer": normalizers.Power(2), "alibi_slopes": draw("float32", 2, 4)},
     ):
         out, lse = naive_attention(q, k, v, dtype=dtype, **options)
         expected, expected_lse = reference.attention(q, k, v, return_lse=True, **options)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from subquad.hf.delegate import Binding, Call, Original, binding_of, delegate, stray_binding
+from subquad.hf.eager_probe import SEMANTIC, computes_attention, extras_of
 from subquad.hf.structured_mask import CallMask, StructuredMask
 from subquad.hf.tracing import PLAIN_TYPES, is_tracing
 from subquad.ops.exact import attention
@@ -38,11 +39,11 @@ _HARMLESS = frozenset(
     }
 )
 # Arguments that are looked at, each in its place below.
-_READ = frozenset({"dropout", "is_causal", "output_attentions", "scaling", "sliding_window"})
+_READ = frozenset({"dropout", "is_causal", "output_attentions", "scaling", "sliding_window", *SEMANTIC})
 # Arguments that change the result and are not implemented yet.
-_NOT_IMPLEMENTED = frozenset(
-    {"block_indices", "cache", "indices", "position_bias", "s_aux", "sinks", "softcap"}
-)
+_NOT_IMPLEMENTED = frozenset({"block_indices", "cache", "indices"})
+# What SDPA ignores: the model gives it to implementations that it knows to use it.
+_IGNORED_BY_SDPA = ("s_aux", "sinks")
 
 
 def _refused_argument(call: Call, *, wants_weights: bool) -> str | None:
@@ -110,10 +111,22 @@ def _why_delegate(binding: Binding, call: Call) -> str | None:
         or _refused_tensors(call)
         or _refused_shapes(call)
     )
-    original = binding.original
-    if reason is None and original.name == "eager" and not original.seam.is_ordinary:
-        return "an eager attention of its own"
-    return reason
+    return reason or _refused_meaning(binding.original, call)
+
+
+def _refused_meaning(original: Original, call: Call) -> str | None:
+    """Returns why the original computes something else than subquad with the same arguments."""
+    given = [name for name in SEMANTIC if call.kwargs.get(name) is not None]
+    if original.name != "eager":
+        return next((name for name in given if name in _IGNORED_BY_SDPA), None)
+    if original.seam.is_ordinary and not given:
+        return None
+    heads = (call.query.shape[1], call.key.shape[1], call.query.shape[3], call.value.shape[3])
+    if original.seam.eager is None or not computes_attention(
+        call.module, original.seam.eager, heads, call.kwargs
+    ):
+        return ", ".join(given) or "an eager attention of its own"
+    return None
 
 
 def _without_mask(original: Original, call: Call) -> CallMask | str:
@@ -181,6 +194,45 @@ def _express(binding: Binding, call: Call) -> CallMask | str:
     return _refused_mask(mask) or _with_tensor(mask, call)
 
 
+def _compute(call: Call, mask: CallMask) -> torch.Tensor:
+    query, key, value = call.query, call.key, call.value
+    if mask.visible < key.shape[2]:
+        key, value = key[:, :, : mask.visible], value[:, :, : mask.visible]
+    extras = extras_of(call.kwargs)
+    sinks = extras.sinks
+    if sinks is not None and sinks.dtype not in (torch.float32, query.dtype):
+        sinks = sinks.to(torch.float32)
+    output: torch.Tensor = attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        causal=mask.causal,
+        window_size=mask.window_size,
+        mask=mask.mask,
+        scale=call.kwargs.get("scaling"),
+        bias=_with_position_bias(mask.bias, extras.position_bias, mask.visible, query.dtype),
+        softcap=extras.softcap,
+        sinks=sinks,
+    )
+    return output
+
+
+def _with_position_bias(
+    bias: torch.Tensor | None, position_bias: torch.Tensor | None, visible: int, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """Returns a mask and a bias of positions as one."""
+    if position_bias is None:
+        return bias
+    position_bias = position_bias[..., :visible]
+    if position_bias.dtype not in (torch.float32, dtype):
+        position_bias = position_bias.to(dtype)
+    if bias is None:
+        return position_bias
+    if bias.dtype == torch.bool:
+        return position_bias.masked_fill(~bias, float("-inf"))
+    return position_bias + bias
+
+
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -226,15 +278,4 @@ def attention_forward(
         tally.computed += 1
         if is_dense:
             tally.dense[_origin(call)] += 1
-    key, value = call.key, call.value
-    if mask.visible < key.shape[2]:
-        key, value = key[:, :, : mask.visible], value[:, :, : mask.visible]
-    output = attention(
-        call.query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        causal=mask.causal,
-        scale=kwargs.get("scaling"),
-        bias=mask.bias,
-    )
-    return output, None
+    return _compute(call, mask), None

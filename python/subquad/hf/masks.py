@@ -1,4 +1,4 @@
-"""The mask function: plain causal masks and plain padding stay a description, everything else is a tensor.
+"""The mask function: masks made of a few simple rules stay a description, everything else is a tensor.
 
 transformers hands what this function returns through the model to attention. Where its own mask function
 would build a tensor of one entry for each query and key, this one returns a `StructuredMask`, which attention
@@ -7,16 +7,18 @@ reads directly. Code that treats it as a tensor gets the tensor, built then.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from subquad.hf import registry
-from subquad.hf.patterns import Span, is_causal
+from subquad.hf.patterns import Pattern, Span, describe
 from subquad.hf.structured_mask import DenseForm, StructuredMask
 from subquad.hf.tracing import is_tracing
 
@@ -30,11 +32,16 @@ class _Request:
     q_offset: int
     kv_offset: int
     padding: torch.Tensor | None
-    causal: bool
+    pattern: Pattern
+
+    @property
+    def causal(self) -> bool:
+        """Whether queries are kept from seeing later keys."""
+        return self.pattern.causal
 
     @property
     def visible(self) -> int:
-        """How many keys the last query sees, padding aside."""
+        """How many keys there are up to the last that some query sees, padding aside."""
         return self.q_offset - self.kv_offset + self.q_length if self.causal else self.kv_length
 
 
@@ -76,23 +83,38 @@ def _recognise(arguments: dict[str, Any]) -> _Request | None:
     if not all(isinstance(one, int) for one in (q_length, kv_length, kv_offset)):
         return None
     span = Span(q_offset, q_offset + q_length - 1, kv_offset, kv_offset + kv_length - 1)
-    causal = is_causal(arguments.get("mask_function", causal_mask_function), span)
-    if causal is None:
+    pattern = describe(arguments.get("mask_function", causal_mask_function), span)
+    if pattern is None:
         return None
-    # A model that forbids to skip the mask is going to use it as a tensor.
-    allowed = "allow_is_causal_skip" if causal else "allow_is_bidirectional_skip"
-    if not arguments.get(allowed, causal):
+    # A model that forbids to skip the mask is going to use it as a tensor; with documents it never is skipped.
+    allowed = "allow_is_causal_skip" if pattern.causal else "allow_is_bidirectional_skip"
+    if pattern.documents is None and not arguments.get(allowed, pattern.causal):
         return None
     padding = _padding_of_keys(arguments, kv_offset)
-    request = _Request(q_length, kv_length, q_offset, kv_offset, padding, causal)
+    request = _Request(q_length, kv_length, q_offset, kv_offset, padding, pattern)
     if padding is not None and bool(padding[:, : max(request.visible, 0)].all()):
-        request = _Request(q_length, kv_length, q_offset, kv_offset, None, causal)
+        request = _Request(q_length, kv_length, q_offset, kv_offset, None, pattern)
     return request
+
+
+def _is_of_tokens_themselves(pattern: Pattern, maker: FrameType | None) -> bool:
+    """Whether queries and keys are the same tokens: causal masks are, others unless the keys are an encoder's."""
+    if pattern.causal:
+        return True
+    # transformers does not tell mask functions, but the function that calls them knows.
+    names = (
+        {} if maker is None or not maker.f_code.co_name.startswith("create_bidirectional") else maker.f_locals
+    )
+    return "encoder_hidden_states" in names and names["encoder_hidden_states"] is None
 
 
 def _is_left_out(request: _Request, local_size: int | None, entry: registry.PatchedConfig | None) -> bool:
     """Whether the original would return no mask at all, and leave it to attention what that means."""
-    if request.padding is not None or (local_size is not None and request.kv_length >= local_size):
+    if (
+        request.padding is not None
+        or request.pattern.documents is not None
+        or (local_size is not None and request.kv_length >= local_size)
+    ):
         return False
     implementation = None if entry is None else entry.implementation
     if not request.causal:
@@ -117,7 +139,7 @@ def structured_mask(**arguments: Any) -> Any:
         **arguments: Those of `transformers.masking_utils.sdpa_mask`.
 
     Returns:
-        A `StructuredMask` for plain causal masks and padding; `None` where the original implementation's mask
+        A `StructuredMask` for causal masks, windows, chunks, documents and padding; `None` where the original implementation's mask
         function returns `None` for them; for everything else what that function returns.
     """
     given = arguments.get("attention_mask")
@@ -139,11 +161,12 @@ def structured_mask(**arguments: Any) -> Any:
         forced["q_offset"] = request.q_offset
     build = partial(original, **{**arguments, **forced})
     return StructuredMask(
-        causal=request.causal,
+        pattern=request.pattern,
         batch_size=arguments["batch_size"],
         q_length=request.q_length,
         kv_length=request.kv_length,
         offset=request.q_offset - request.kv_offset,
         padding=request.padding,
+        same_tokens=_is_of_tokens_themselves(request.pattern, sys._getframe(1)),
         dense_form=DenseForm(build),
     )

@@ -224,9 +224,9 @@ def patch(model: PreTrainedModel) -> Patch:
 
     Works for every model that uses transformers' `AttentionInterface`. Other models are not affected, not
     even of the same class. Calls that subquad does not implement are computed by the implementation the model
-    had; the report says which and how many. Those are calls with gradients or dropout, with `softcap`,
-    `s_aux`, `sinks`, `position_bias`, `indices`, `block_indices` or a paged cache, with `output_attentions`,
-    on other devices than the CPU, and within `torch.compile`.
+    had; the report says which and how many. Those are calls with gradients or dropout, with `indices`,
+    `block_indices` or a paged cache, with `output_attentions`, on other devices than the CPU, and within
+    `torch.compile`; and those of models whose own attention computes something else.
 
     `generate` gets a `GrowingCache` in place of a `DynamicCache`, where the report does not say otherwise.
 

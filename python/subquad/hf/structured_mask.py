@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_map
+
+from subquad import masks
+from subquad.hf.patterns import Pattern
 
 _RANK = 4
 # What leaves a tensor's values and dtype as they are.
@@ -42,39 +47,73 @@ class CallMask(NamedTuple):
         causal: Its argument `causal`, aligned bottom-right.
         visible: How many keys to pass: those after them are hidden from every query.
         bias: Its argument `bias`.
+        window_size: Its argument `window_size`.
+        mask: Its argument `mask`.
     """
 
     causal: bool
     visible: int
     bias: torch.Tensor | None
+    window_size: tuple[int | None, int | None] | None = None
+    mask: masks.Mask | None = None
+
+
+class _Runs(NamedTuple):
+    """Padding of which each sequence is one run of tokens.
+
+    Attributes:
+        lengths: Positions after the last token, `[B]`.
+        leftpad: Positions of the first token, `[B]`.
+    """
+
+    lengths: list[int]
+    leftpad: list[int]
+
+
+def _runs(padding: torch.Tensor) -> _Runs | None:
+    """Returns padding as runs, `None` if a sequence is more than one."""
+    counts = padding.sum(1)
+    first = padding.int().argmax(1)
+    last = padding.shape[1] - padding.flip(1).int().argmax(1)
+    if bool(((last - first != counts) & (counts > 0)).any()):
+        return None
+    empty = counts == 0
+    return _Runs(last.masked_fill(empty, 0).tolist(), first.masked_fill(empty, 0).tolist())
 
 
 @dataclass(frozen=True, eq=False)
 class StructuredMask:
-    """A causal mask, padding, or both. Takes `O(B Sk)` memory at most.
+    """A mask by positions, padding, or both. Takes `O(B Sk)` memory at most.
 
-    Query `i` sees key `j` if `padding[b, j]` and, when causal, `j <= i + offset`.
+    Query `i` is at position `i + offset` and sees key `j` if `padding[b, j]` and the pattern shows it.
 
     To other code it is a tensor `[B, 1, Sq, Sk]`: torch functions, operators and methods of tensors build
     that tensor and use it.
 
     Attributes:
-        causal: Whether queries are kept from seeing later keys.
+        pattern: What is shown by position.
         batch_size: `B`.
         q_length: `Sq`.
         kv_length: `Sk`.
         offset: Position of the first query minus that of the first key.
         padding: `[B, Sk]`, bool, True where there is a token; `None` if all keys are tokens.
+        same_tokens: Whether query and key of one position are the same token. The output of padding is then
+            of no use, and is 0.
         dense_form: The tensor it stands for.
     """
 
-    causal: bool
+    pattern: Pattern
     batch_size: int
     q_length: int
     kv_length: int
     offset: int
     padding: torch.Tensor | None
+    same_tokens: bool
     dense_form: DenseForm
+
+    @cached_property
+    def _padding_runs(self) -> _Runs | None:
+        return None if self.padding is None else _runs(self.padding)
 
     def for_call(self, q_length: int, kv_length: int) -> CallMask | None:
         """Expresses the mask by the arguments of `subquad.attention`.
@@ -88,17 +127,38 @@ class StructuredMask:
         """
         if (q_length, kv_length) != (self.q_length, self.kv_length) or self.dense_form.given_away:
             return None
-        causal, visible = self.causal, kv_length
+        pattern = self.pattern
+        causal, visible = pattern.causal, kv_length
+        by_position = (pattern.left, pattern.right, pattern.chunk) != (None, None, None)
         if causal:
             visible = self.offset + q_length
             # The first query sees all keys, or there is only one query: nothing to align.
-            if self.offset + 1 >= kv_length or q_length == 1:
+            if not by_position and (self.offset + 1 >= kv_length or q_length == 1):
                 causal, visible = False, min(visible, kv_length)
             if not 0 < visible <= kv_length:
                 return None
-        if self.padding is None:
-            return CallMask(causal, visible, None)
-        return CallMask(causal, visible, self.padding[:, None, None, :visible])
+        elif by_position and self.offset + q_length != kv_length:
+            return None
+        window = None if (pattern.left, pattern.right) == (None, None) else (pattern.left, pattern.right)
+        shown: list[masks.Mask] = [] if pattern.chunk is None else [masks.chunked(pattern.chunk)]
+        if pattern.documents is not None:
+            if q_length != kv_length:
+                return None
+            shown.append(masks.document(pattern.documents[:, :visible]))
+        bias = None
+        if self.padding is not None:
+            if self._padding_runs is None:
+                bias = self.padding[:, None, None, :visible]
+            else:
+                lengths = [min(length, visible) for length in self._padding_runs.lengths]
+                leftpad = [
+                    min(first, length)
+                    for first, length in zip(self._padding_runs.leftpad, lengths, strict=True)
+                ]
+                queries = self.same_tokens and self.offset + q_length == visible
+                shown.append(masks.padding(lengths, leftpad, queries=queries))
+        mask = reduce(operator.and_, shown) if shown else None
+        return CallMask(causal, visible, bias, window, mask)
 
     def dense(self) -> Any:
         """Returns the tensor, `[B, 1, Sq, Sk]`, for reading."""
@@ -174,12 +234,13 @@ class StructuredMask:
         ):
             return None
         return StructuredMask(
-            causal=self.causal,
+            pattern=self.pattern,
             batch_size=self.batch_size,
             q_length=len(queries),
             kv_length=len(keys),
             offset=self.offset + queries.start,
             padding=None if self.padding is None else self.padding[:, : len(keys)],
+            same_tokens=self.same_tokens,
             dense_form=DenseForm(lambda: self.dense()[index]),
         )
 

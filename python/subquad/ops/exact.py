@@ -1,16 +1,24 @@
-"""Exact attention: every score is computed, in tiles that never leave the cache.
+"""Exact attention: every score that a mask shows is computed, in tiles that never leave the cache.
 
-Sources: online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022; FlashAttention-2, Dao 2023.
+Sources: online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022; FlashAttention-2, Dao 2023. Windows:
+Longformer, Beltagy et al. 2020; Mistral 7B, Jiang et al. 2023. Soft-cap: Gemma 2, Gemma Team 2024. ALiBi: Press et al. 2022. Sinks:
+Xiao et al. 2023; as a learned logit, gpt-oss, OpenAI 2025. Relative bias: T5, Raffel et al. 2020; as a Toeplitz matrix, Shaw et al.
+2018 and Luo et al. 2021. Length scale: Scalable-Softmax, Nakanishi 2025. Normalizers: see `subquad.normalizers`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from .. import _native
 
 if TYPE_CHECKING:
+    from ..masks import Mask
+    from ..normalizers import Normalizer
+
     ArrayT = TypeVar("ArrayT")
+    Window = tuple[int | None, int | None]
 
 
 @overload
@@ -20,8 +28,16 @@ def attention(
     v: ArrayT,
     *,
     causal: bool = ...,
-    scale: float | None = ...,
+    window_size: Window | Sequence[Window] | ArrayT | None = ...,
+    mask: Mask | Any | None = ...,
+    scale: float | ArrayT | None = ...,
     bias: ArrayT | None = ...,
+    relative_bias: ArrayT | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: ArrayT | None = ...,
+    sinks: ArrayT | None = ...,
+    length_scale: ArrayT | None = ...,
+    normalizer: Normalizer | None = ...,
     return_lse: Literal[False] = ...,
     out: ArrayT | None = ...,
 ) -> ArrayT: ...
@@ -34,8 +50,16 @@ def attention(
     v: ArrayT,
     *,
     causal: bool = ...,
-    scale: float | None = ...,
+    window_size: Window | Sequence[Window] | ArrayT | None = ...,
+    mask: Mask | Any | None = ...,
+    scale: float | ArrayT | None = ...,
     bias: ArrayT | None = ...,
+    relative_bias: ArrayT | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: ArrayT | None = ...,
+    sinks: ArrayT | None = ...,
+    length_scale: ArrayT | None = ...,
+    normalizer: Normalizer | None = ...,
     return_lse: Literal[True],
     out: ArrayT | None = ...,
 ) -> tuple[ArrayT, ArrayT]: ...
@@ -47,52 +71,113 @@ def attention(
     v: Any,
     *,
     causal: bool = False,
-    scale: float | None = None,
+    window_size: Any | None = None,
+    mask: Any | None = None,
+    scale: Any | None = None,
     bias: Any | None = None,
+    relative_bias: Any | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any | None = None,
+    sinks: Any | None = None,
+    length_scale: Any | None = None,
+    normalizer: Any | None = None,
     return_lse: bool = False,
     out: Any | None = None,
 ) -> Any:
-    """Computes `softmax(scale * q k^T + bias) v` for every head.
+    """Computes `softmax(score) v` for every head; everything below composes with everything.
+
+    Query `i` is at the position `p = i + Sk - Sq` of key `p`: the last query is at the last key (bottom-right alignment, as in
+    FlashAttention). The score of query `i` and key `j` is built in this order::
+
+        score = scale * (q_i . k_j)
+        score = softcap * tanh(score / softcap)         with softcap
+        score = score - alibi_slopes[h] * |p - j|       with alibi_slopes
+        score = score + bias[b, h, i, j]                with a bias of numbers
+        score = score + relative_bias[h, j - i + Sq - 1]
+
+    A key is seen if `causal`, `window_size`, `mask` and `bias` all show it. What `causal`, `window_size` and `mask` hide is not
+    computed. `causal` alone, `window_size=(1, 0)`, and `window_size=(1, 1)`::
+
+        2 queries, 4 keys:  x x x .     . x x .     . x x x
+                            x x x x     . . x x     . . x x
+
+        4 queries, 2 keys:  . .         . .         . .
+                            . .         . .         x .
+                            x .         x .         x x
+                            x x         x x         x x
 
     Forward only: tensors that require grad are refused while gradients are enabled.
-
-    With `causal`, the last query sees all keys (bottom-right alignment, as in FlashAttention)::
-
-        2 queries, 4 keys:  x x x .        4 queries, 2 keys:  . .
-                            x x x x                            . .
-                                                               x .
-                                                               x x
 
     Args:
         q: queries, `[B, Sq, H, D]`; float32, float64, float16 or bfloat16. `D` is 1 to 1024.
         k: keys, `[B, Sk, Hkv, D]`, of q's library and dtype. `Hkv` divides `H`; head `h` of `q` reads head `h // (H / Hkv)`.
         v: values, `[B, Sk, Hkv, Dv]`, of q's library and dtype. `Dv` is 1 to 1024 and may differ from `D`.
-        causal: whether query `i` sees only keys `j <= i + Sk - Sq`.
-        scale: factor of the scores. Default: `D ** -0.5`.
-        bias: what is added to the scaled scores, broadcastable to `[B, H, Sq, Sk]`: float32, q's dtype,
-            or boolean, where False hides a key. Axes of stride 0 cost nothing.
-        return_lse: whether to return the logarithm of the sum of exponentials as well.
+        causal: whether query `i` sees only keys `j <= p`.
+        window_size: `(left, right)`: query `i` sees only keys `p - left <= j <= p + right`. Each side is an integer from 0, or
+            `None` for unbounded. Or one window for each head: a sequence of `H` such pairs, or an integer array `[H, 2]` (int32 or
+            int64), in which -1 is unbounded. With `causal` the right side is at most 0.
+        mask: an object of `subquad.masks`.
+        scale: factor of the scores: a number, or an array that broadcasts to `[B, H, Sq]` (`[H, 1]` for each head, `[Sq]` for each
+            query), of float32, float64 or q's dtype. Default: `D ** -0.5`.
+        bias: what is added to the scores, broadcastable to `[B, H, Sq, Sk]`: float32, q's dtype, or boolean, where False hides a
+            key (as does `-inf`). Axes of stride 0 cost nothing.
+        relative_bias: what is added by the distance of key and query, `[H, Sq + Sk - 1]`, or `[1, Sq + Sk - 1]` for all heads;
+            float32 or q's dtype. `subquad.biases` makes them.
+        softcap: a finite number above 0 that scaled scores stay within.
+        alibi_slopes: slopes of ALiBi, `[H]` or `[B, H]`, float32.
+        sinks: a logit that takes part in the sum of exponentials and has no value: one for each head, `[H]`, or an array of rank 2
+            or 3 that broadcasts to `[B, H, Sq]`; float32 or q's dtype. `lse` includes it. `-inf` is no sink.
+        length_scale: `[Sk + 1]`, float32, float64 or q's dtype: the scale of a query that sees `n` keys by `causal`, `window_size`
+            and `mask` (whatever `bias` hides) is multiplied by `length_scale[n]`.
+        normalizer: an object of `subquad.normalizers` in the place of softmax. Not together with `sinks`.
+        return_lse: whether to return the logarithm of the sum of exponentials (of weights, with a normalizer) as well.
         out: where to write the result: a PyTorch tensor or NumPy array, `[B, Sq, H, Dv]` of q's library and dtype, any strides
             with a contiguous last axis, in memory of its own.
 
-    Inputs are read in place, read-only ones too, whatever their strides, as long as the last axis is contiguous; one that is not
-    (or is misaligned, runs backwards, or is a negated view) is copied once. Only NumPy can copy for other DLPack libraries: it has
-    no bfloat16.
+    Arrays are of q's library. Inputs are read in place, read-only ones too, whatever their strides, as long as the last axis is
+    contiguous; one that is not (or is misaligned, runs backwards, or is a negated view) is copied once. Only NumPy can copy for
+    other DLPack libraries: it has no bfloat16.
 
     Returns:
         The output, `[B, Sq, H, Dv]` of q's library and dtype. With `return_lse` a pair of it and `lse`, `[B, H, Sq]`, float32
         (float64 for float64 inputs), natural logarithm. Libraries without `__array_namespace__` get NumPy arrays.
 
-        A query that sees no key gives zeros and `lse = -inf`. A hidden key has no influence even if it or its value is NaN; NaN
-        and infinities at visible places propagate as in softmax.
+        A query that sees no key gives zeros and `lse = -inf` (with a sink, the sink). A hidden key has no influence even if it or
+        its value is NaN; NaN and infinities at visible places propagate as in softmax.
 
     Raises:
-        ValueError: for shapes that do not fit, arrays on other devices, `out` that overlaps an input or is read-only.
-        TypeError: for dtypes that are not supported or differ, objects that are no arrays, mixed libraries.
+        ValueError: for shapes that do not fit, negative windows, a soft-cap that is not finite and above 0, a normalizer with
+            sinks, arrays on other devices, `out` that overlaps an input or is read-only.
+        TypeError: for dtypes that are not supported or differ, objects that are no arrays, masks, or normalizers, windows of
+            another kind, mixed libraries.
         NotImplementedError: for tensors that require grad while gradients are enabled, and heads wider than 1024.
         OverflowError: for sizes that cannot be indexed.
     """
-    return _native.attention(q, k, v, causal=causal, scale=scale, bias=bias, return_lse=return_lse, out=out)
+    return _native.attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        window_size=window_size,
+        mask=_lowered(mask),
+        scale=scale,
+        bias=bias,
+        relative_bias=relative_bias,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        length_scale=length_scale,
+        normalizer=_lowered(normalizer),
+        return_lse=return_lse,
+        out=out,
+    )
+
+
+def _lowered(description: Any) -> Any:
+    """Returns a mask or normalizer in the form that the extension reads; what is neither is its to refuse."""
+    # A class has the method, too, and cannot be asked.
+    is_description = hasattr(description, "_lowered") and not isinstance(description, type)
+    return description._lowered() if is_description else description
 
 
 def scaled_dot_product_attention(

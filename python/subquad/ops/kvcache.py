@@ -1,7 +1,7 @@
 """Decoding with a cache of keys and values, and merging of results over disjoint sets of keys.
 
 Sources: FlashAttention's `flash_attn_with_kvcache` (its order and meaning of arguments); Flash-Decoding, Dao et al. 2023;
-LeanAttention, Sanovar et al. 2024; rotary embedding, Su et al. 2021.
+LeanAttention, Sanovar et al. 2024; rotary embedding, Su et al. 2021. Windows, soft-cap, ALiBi and sinks: see `subquad.attention`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ def attention_with_kvcache(
     alibi_slopes: Any | None = None,
     num_splits: int | None = None,
     return_softmax_lse: bool = False,  # noqa: FBT001, FBT002 - FlashAttention's signature
+    *,
+    sinks: Any | None = None,
 ) -> Any:
     """Appends new keys and values to a cache in place, then attends to what the cache holds.
 
@@ -57,23 +59,28 @@ def attention_with_kvcache(
         cache_leftpad: tokens at the start of each sequence that are hidden: int32 or int64 `[B]`, or one integer.
         block_table: pages of each sequence, int32 or int64 `[B, pages]`; pages of any size.
         softmax_scale: factor of the scores. Default: `D ** -0.5`.
-        causal: whether query `i` sees only the keys up to `length - Sq + i`: the last query sees all (bottom-right alignment).
-        window_size: must be off: `None` or -1 on both sides.
-        softcap: must be off: `None` or 0.
+        causal: whether query `i` sees only the keys up to its position, `p = length - Sq + i`, the length being that with the new
+            keys: the last query sees all (bottom-right alignment).
+        window_size: `(left, right)`: query `i` sees only the keys from `p - left` to `p + right`. `None` and negative numbers are
+            unbounded. With `causal` the right side is at most 0. What a window hides is not read.
+        softcap: scaled scores become `softcap * tanh(score / softcap)`. `None` and 0: they stay.
         rotary_interleaved: whether elements `2 i` and `2 i + 1` are rotated together, rather than `i` and `i + R / 2`.
-        alibi_slopes: must be `None`.
+        alibi_slopes: slopes of ALiBi, `[H]` or `[B, H]`, float32: `-slope * |p - j|` is added to the score of key `j`.
         num_splits: pieces that the keys are split into. Default (and 0): from the lengths.
         return_softmax_lse: whether to return the logarithm of the sum of exponentials as well.
+        sinks: a logit of each head, `[H]`, float32 or q's dtype, that takes part in the sum of exponentials and has no value.
 
     Returns:
         The output, `[B, Sq, H, Dv]`; with `return_softmax_lse` a pair of it and `lse`, `[B, H, Sq]`, float32 (float64 for float64
-        inputs). A query that sees no key gives zeros and `lse = -inf`. What lies beyond the lengths has no influence, not even NaN.
+        inputs). A query that sees no key gives zeros and `lse = -inf` (with a sink, the sink). What lies beyond the lengths has no
+        influence, not even NaN.
 
     Raises:
-        ValueError: for shapes that do not fit, lengths beyond the capacity, rows or pages out of range, rows or pages of several
-            sequences that are appended to, memory that overlaps or is read-only. The cache is then as it was.
+        ValueError: for shapes that do not fit, a negative or infinite soft-cap, lengths beyond the capacity, rows or pages out of
+            range, rows or pages of several sequences that are appended to, memory that overlaps or is read-only. The cache is then
+            as it was.
         TypeError: for dtypes that are not supported or differ, objects that are no arrays, mixed libraries.
-        NotImplementedError: for windows, soft-cap, ALiBi, and tensors that require grad while gradients are enabled.
+        NotImplementedError: for tensors that require grad while gradients are enabled.
     """
     return _native.attention_with_kvcache(
         q,
@@ -95,6 +102,7 @@ def attention_with_kvcache(
         alibi_slopes,
         num_splits,
         return_softmax_lse,
+        sinks=sinks,
     )
 
 

@@ -4,5 +4,6 @@ Inputs of any floating dtype are widened exactly; results are float64.
 """
 
 from .exact import attention, scaled_dot_product_attention
+from .varlen import attention_varlen
 
-__all__ = ["attention", "scaled_dot_product_attention"]
+__all__ = ["attention", "attention_varlen", "scaled_dot_product_attention"]

@@ -7,39 +7,12 @@ from typing import Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
+from .scores import modified, scales, sink_logits, split_bias
+from .visibility import visible_keys
+from .weights import normalized, softmax
+
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
-
-
-def _softmax(scores: Float64, visible: npt.NDArray[np.bool_], values: Float64) -> tuple[Float64, Float64]:
-    """Returns the weighted sum of the visible `values` `[..., K, D]`, and the log-sum-exp, under `scores` `[..., Q, K]`."""
-    scores = np.where(visible, scores, -np.inf)
-    peak = np.max(scores, axis=-1, keepdims=True, initial=-np.inf)
-    base = np.where(np.isneginf(peak), 0.0, peak)
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        weights = np.where(visible, np.exp(scores - base), 0.0)
-        total = weights.sum(axis=-1, keepdims=True)
-        lse = base + np.log(total)
-        # A hidden value must not count, and 0 * inf is NaN: rows that see every non-finite value multiply it, others drop it.
-        out = weights @ np.where(np.isfinite(values), values, 0.0)
-        for place in np.argwhere(~np.isfinite(values).all(axis=-1)):
-            *stack, key = place
-            row = values[(*stack, key)]
-            seen = visible[(*stack, slice(None), key)]
-            extra = weights[(*stack, slice(None), key)][..., None] * np.where(np.isfinite(row), 0.0, row)
-            out[tuple(stack)] += np.where(seen[..., None], extra, 0.0)
-        out = np.where(total == 0.0, 0.0, out / np.where(total == 0.0, 1.0, total))
-    return out, lse[..., 0]
-
-
-def _split_bias(bias: Array | None, shape: tuple[int, ...]) -> tuple[Float64, npt.NDArray[np.bool_]]:
-    """Returns what a mask adds and which keys it shows, both broadcast to `shape`."""
-    if bias is None:
-        return np.zeros(shape), np.ones(shape, dtype=bool)
-    if bias.dtype == np.bool_:
-        return np.zeros(shape), np.broadcast_to(bias, shape)
-    added = np.broadcast_to(bias.astype(np.float64), shape)
-    return added, ~np.isneginf(added)
 
 
 @overload
@@ -49,8 +22,16 @@ def attention(
     v: Array,
     *,
     causal: bool = ...,
-    scale: float | None = ...,
+    window_size: Any | None = ...,
+    mask: Any | None = ...,
+    scale: float | Array | None = ...,
     bias: Array | None = ...,
+    relative_bias: Array | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Array | None = ...,
+    sinks: Array | None = ...,
+    length_scale: Array | None = ...,
+    normalizer: Any | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Float64: ...
 
@@ -62,8 +43,16 @@ def attention(
     v: Array,
     *,
     causal: bool = ...,
-    scale: float | None = ...,
+    window_size: Any | None = ...,
+    mask: Any | None = ...,
+    scale: float | Array | None = ...,
     bias: Array | None = ...,
+    relative_bias: Array | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Array | None = ...,
+    sinks: Array | None = ...,
+    length_scale: Array | None = ...,
+    normalizer: Any | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Float64, Float64]: ...
 
@@ -74,19 +63,37 @@ def attention(
     v: Array,
     *,
     causal: bool = False,
-    scale: float | None = None,
+    window_size: Any | None = None,
+    mask: Any | None = None,
+    scale: float | Array | None = None,
     bias: Array | None = None,
+    relative_bias: Array | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    length_scale: Array | None = None,
+    normalizer: Any | None = None,
     return_lse: bool = False,
 ) -> Float64 | tuple[Float64, Float64]:
     """`subquad.attention` in float64.
+
+    Query `i` is at the position `p = i + Sk - Sq` of key `p`.
 
     Args:
         q: `[B, Sq, H, D]`.
         k: `[B, Sk, Hkv, D]`, `Hkv` a divisor of `H`.
         v: `[B, Sk, Hkv, Dv]`.
-        causal: whether query `i` sees only keys `j <= i + Sk - Sq`.
-        scale: factor of the scores. Default: `D ** -0.5`.
-        bias: boolean (False hides) or added to the scaled scores, broadcastable to `[B, H, Sq, Sk]`.
+        causal: whether query `i` sees only keys `j <= p`.
+        window_size: `(left, right)`, `H` such pairs, or integers `[H, 2]` (-1: unbounded): only keys `p - left <= j <= p + right`.
+        mask: an object with a method `dense(B, Sq, Sk)` that returns the keys that are seen, `[B, Sq, Sk]`.
+        scale: factor of the scores, a number or what broadcasts to `[B, H, Sq]`. Default: `D ** -0.5`.
+        bias: boolean (False hides) or added to the scores, broadcastable to `[B, H, Sq, Sk]`.
+        relative_bias: `[H or 1, Sq + Sk - 1]`; element `j - i + Sq - 1` is added.
+        softcap: `c`: scaled scores become `c * tanh(score / c)`.
+        alibi_slopes: `[H]` or `[B, H]`: `-slope * |p - j|` is added.
+        sinks: `[H]`, or of rank 2 or 3 and broadcastable to `[B, H, Sq]`: a logit without a value.
+        length_scale: `[Sk + 1]`: further factor of the scores of a query that sees so many keys by causal, window and mask.
+        normalizer: an object of `subquad.normalizers` in the place of softmax.
         return_lse: whether to return the log-sum-exp as well.
 
     Returns:
@@ -97,14 +104,19 @@ def attention(
     group = heads // kv_heads if kv_heads else 1
     q, k, v = (np.moveaxis(x.astype(np.float64), 2, 1) for x in (q, k, v))
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-    scale = max(head_dim, 1) ** -0.5 if scale is None else scale
-    added, visible = _split_bias(bias, (batch, heads, seqlen_q, seqlen_k))
-    if causal:
-        reach = np.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
-        visible = visible & (np.arange(seqlen_k) <= reach)
+    shape = batch, heads, seqlen_q, seqlen_k
+    visible = visible_keys(shape, causal=causal, window_size=window_size, mask=mask)
     with np.errstate(invalid="ignore", over="ignore"):
-        scores = scale * (q @ np.swapaxes(k, -1, -2)) + added
-    out, lse = _softmax(scores, visible, v)
+        scores = scales(scale, length_scale, head_dim, visible, np.float64) * (q @ np.swapaxes(k, -1, -2))
+        scores, shown = modified(
+            scores, softcap=softcap, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias
+        )
+    visible = visible & shown
+    if normalizer is None:
+        extra = None if sinks is None else sink_logits(sinks, shape[:3], np.float64)
+        out, lse = softmax(scores, visible, v, extra)
+    else:
+        out, lse = normalized(scores, visible, v, normalizer)
     out = np.moveaxis(out, 1, 2)
     return (out, lse) if return_lse else out
 
@@ -141,9 +153,9 @@ def scaled_dot_product_attention(
         scores = scale * (query @ np.swapaxes(key, -1, -2))
     stack = np.broadcast_shapes(scores.shape[:-2], value.shape[:-2])
     scores = np.broadcast_to(scores, (*stack, *scores.shape[-2:]))
-    added, visible = _split_bias(attn_mask, scores.shape)
+    added, visible = split_bias(attn_mask, scores.shape, np.float64)
     if is_causal:
         visible = visible & np.tri(*scores.shape[-2:], dtype=np.bool_)
     with np.errstate(invalid="ignore"):
         scores = scores + added
-    return _softmax(scores, visible, np.broadcast_to(value, (*stack, *value.shape[-2:])))[0]
+    return softmax(scores, visible, np.broadcast_to(value, (*stack, *value.shape[-2:])))[0]

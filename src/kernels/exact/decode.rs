@@ -10,13 +10,17 @@
 //! ```
 
 use super::splits::{MAX_ROWS, Piece, Splits};
-use super::{ExactArgs, ExactOut};
+use super::{ExactArgs, ExactOut, Query};
 use crate::dtype::Float;
+use crate::kernels::bias::Bias;
+use crate::kernels::score_mod::Normalizer;
 use crate::math::dot;
 use crate::math::load::{MAX_LANES, load_row};
 use crate::math::online_softmax::{
-    Column, column_peak, log_sum_exp, probabilities, row_probabilities, row_scores, rows_step, scale_base2, step,
+    Column, Exponential, MaskedExponential, Ready, RowPass, column_peak, probabilities, row_peak, row_probabilities, row_scores,
+    rows_step, scale_base2, step,
 };
+use crate::math::score_pass::map_row;
 use crate::math::weigh::{self, Probabilities, acc_stride};
 use crate::parallel::{RowWriter, for_each_tile};
 use crate::simd::{BLOCK_ROWS, Isa, Level, RowBlock, SimdElement, Task, Vector, VectorKernel, prefetch};
@@ -46,8 +50,7 @@ pub fn forward<T: SimdElement>(
 ) {
     let shape = args.shape;
     let splits = Splits::new(args, num_splits);
-    let keys: usize = (0..shape.batch).map(|batch| args.visible(batch, shape.seqlen_q.saturating_sub(1)).len()).sum();
-    let bytes = (keys * shape.num_kv_heads * (shape.head_dim + shape.head_dim_v)).saturating_mul(size_of::<T>());
+    let bytes = (splits.keys() * shape.num_kv_heads * (shape.head_dim + shape.head_dim_v)).saturating_mul(size_of::<T>());
     let threads = if bytes < SERIAL_BYTES { 1 } else { threads };
     if !splits.merges() {
         for_each_tile(level, threads, splits.count(), &Decode { args, out, splits: &splits, partials: None });
@@ -63,7 +66,7 @@ pub fn forward<T: SimdElement>(
     let writer = RowWriter::new(partials, shape_of_partials, [total, MAX_ROWS * width, width]);
     for_each_tile(level, threads, splits.count(), &Decode { args, out, splits: &splits, partials: Some(writer) });
     let merge = Merge { args, out, splits: &splits, partials, width };
-    let merged = shape.batch * splits.kv_heads();
+    let merged = splits.segment_count() * splits.kv_heads();
     for_each_tile(level, if total * size_of::<T::Acc>() < SERIAL_BYTES { 1 } else { threads }, merged, &merge);
 }
 
@@ -105,8 +108,8 @@ impl<T: SimdElement> Task for Decode<'_, T> {
         let (scores, rest) = rest.split_at_mut(lengths[2]);
         let acc = &mut rest[..lengths[3]];
         for r in 0..piece.rows {
-            let (token, head) = self.position(&piece, r);
-            let row = self.args.q.row(piece.batch, token, head);
+            let [batch, head, token] = self.query(&piece, r).at();
+            let row = self.args.q.row(batch, token, head);
             for d in (0..shape.head_dim.div_ceil(depth)).step_by(lanes) {
                 load_row::<T, I>(&row[d * depth..]).store(&mut queries[r * query_stride + d..]);
             }
@@ -117,7 +120,9 @@ impl<T: SimdElement> Task for Decode<'_, T> {
             }
         }
         acc.fill(T::Acc::ZERO);
-        let mut state = Running { m: [T::Acc::NEG_INFINITY; MAX_ROWS], l: [T::Acc::ZERO; MAX_ROWS * MAX_LANES], acc };
+        // Weights that are no exponentials are on the scale of 2^0.
+        let m = if self.args.mods.normalizer.is_exponential() { T::Acc::NEG_INFINITY } else { T::Acc::ZERO };
+        let mut state = Running { m: [m; MAX_ROWS], l: [T::Acc::ZERO; MAX_ROWS * MAX_LANES], acc };
         let zeros = [T::zeroed(); MAX_HEAD_DIM];
         let zeros = &zeros[..shape.head_dim.max(shape.head_dim_v)];
         let nothing =
@@ -160,8 +165,7 @@ impl<T: SimdElement> Task for Decode<'_, T> {
                     row[stride..].copy_from_slice(&[state.m[r], l]);
                 }
                 _ => {
-                    let at = (piece.batch, self.position(&piece, r));
-                    finish::<T, I>(self.out, at, acc, state.m[r], l);
+                    finish::<T, I>(self.args, self.out, &self.query(&piece, r), acc, (state.m[r], l));
                 }
             }
         }
@@ -178,10 +182,10 @@ struct Running<'s, A> {
 }
 
 impl<T: SimdElement> Decode<'_, T> {
-    /// `(token, head)` of a row.
+    /// The query of a row.
     #[inline(always)]
-    fn position(&self, piece: &Piece, row: usize) -> (usize, usize) {
-        position(self.args, piece.kv_head, piece.first_row + row)
+    fn query<'p>(&self, piece: &'p Piece, row: usize) -> Query<'p> {
+        self.args.query(&piece.segment, piece.kv_head, piece.first_row + row)
     }
 
     /// Finds the rows of `keys`.
@@ -190,9 +194,10 @@ impl<T: SimdElement> Decode<'_, T> {
     where
         Self: 'z,
     {
+        let places = self.args.places(&piece.segment);
         let mut found = 0;
         while found < keys.len() {
-            let ((batch, token), length) = self.args.run_from(piece.batch, keys.start + found);
+            let ((batch, token), length) = places.run_from(keys.start + found);
             let length = length.min(keys.len() - found);
             let (rows, stride) = self.args.k.rows_from(batch, token, piece.kv_head);
             block.keys.set_run(found, length, rows, stride);
@@ -202,12 +207,52 @@ impl<T: SimdElement> Decode<'_, T> {
         }
     }
 
-    /// Whether `keys` are a whole block of which nothing is hidden from any row of the piece, and no bias is added.
+    /// Whether `keys` are a whole block of which nothing is hidden from any row of the piece, and scores are only scaled.
     #[inline(always)]
     fn sees_all(&self, piece: &Piece, keys: &Range<usize>) -> bool {
-        // Later rows see more.
-        let visible = self.args.visible(piece.batch, self.position(piece, 0).0);
-        keys.len() == BLOCK_ROWS && self.args.bias.is_none() && visible.start <= keys.start && keys.end <= visible.end
+        let hull = |row: usize| {
+            let query = self.query(piece, row);
+            self.args.mask.hull(query.segment, query.head, query.token)
+        };
+        keys.len() == BLOCK_ROWS
+            && !self.args.modifies_scores()
+            && self.args.mask.is_monotone()
+            // Later rows see from later and to later.
+            && hull(piece.rows - 1).start <= keys.start
+            && keys.end <= hull(0).end
+    }
+
+    /// What is added to a row's scores, for the keys of a block; whether there is anything.
+    #[inline(always)]
+    fn read_bias(&self, query: &Query<'_>, block: &Range<usize>, bias: &mut [T::Acc; BLOCK_ROWS]) -> bool {
+        let args = self.args;
+        let gaps = args.mask.ranges.is_some();
+        let slope = args.alibi_slope(query);
+        if !gaps && slope == 0.0 && args.biases.iter().all(Bias::is_none) {
+            return false;
+        }
+        let bias = &mut bias[..block.len()];
+        bias.fill(T::Acc::ZERO);
+        let mut scratch = [T::Acc::ZERO; BLOCK_ROWS];
+        for one in args.biases.iter().filter(|bias| !bias.is_none()) {
+            one.add(query.at(), block.start, bias, &mut scratch);
+        }
+        if slope != 0.0 {
+            let position = query.segment.offset + query.token as isize;
+            for (key, bias) in block.clone().zip(bias.iter_mut()) {
+                let distance = position.abs_diff(key as isize) as f64;
+                *bias = T::Acc::from_f64(bias.to_f64() - slope * distance);
+            }
+        }
+        if gaps {
+            let mut next = block.start;
+            for seen in args.mask.intervals(query.segment, query.head, query.token, block.clone()) {
+                bias[next - block.start..seen.start - block.start].fill(T::Acc::NEG_INFINITY);
+                next = seen.end;
+            }
+            bias[next - block.start..].fill(T::Acc::NEG_INFINITY);
+        }
+        true
     }
 
     /// As [`Decode::weigh`], for scores with the rows in `vectors` vectors of lanes and nothing hidden.
@@ -221,7 +266,7 @@ impl<T: SimdElement> Decode<'_, T> {
         state: &mut Running<'_, T::Acc>,
     ) {
         let lanes = T::V::<I>::LANES;
-        let scale = T::V::<I>::splat(scale_base2::<T::Acc>(self.args.scale));
+        let scale = T::V::<I>::splat(scale_base2::<T::Acc>(self.args.mods.scale.factor));
         let mut alphas = [T::Acc::ZERO; MAX_ROWS];
         for first in (0..vectors * lanes).step_by(lanes) {
             let mut column = Column { rows: &mut scores[first..], stride: vectors * lanes };
@@ -230,7 +275,7 @@ impl<T: SimdElement> Decode<'_, T> {
             step.m.store(&mut state.m[first..]);
             step.alpha.store(&mut alphas[first..]);
             let mut sums = [T::Acc::ZERO; MAX_LANES];
-            probabilities::<T, I, false>(&mut column, BLOCK_ROWS, scale, step.base).store(&mut sums);
+            probabilities::<T, I, Exponential>(&mut column, 0..BLOCK_ROWS, scale, step.base).store(&mut sums);
             for (r, &sum) in (first..rows.min(first + lanes)).zip(&sums) {
                 let by_lane = &mut state.l[r * lanes..][..lanes];
                 T::V::<I>::load(by_lane).mul(T::V::<I>::splat(alphas[r])).store(by_lane);
@@ -254,28 +299,43 @@ impl<T: SimdElement> Decode<'_, T> {
     ) {
         let depth = T::Kernel::<I>::DEPTH;
         let stride = acc_stride::<T, I>(values.width());
-        let scale = scale_base2::<T::Acc>(self.args.scale);
         let lanes = T::V::<I>::LANES;
+        let from = T::Acc::from_f64;
         let lowest = T::V::<I>::splat(T::Acc::NEG_INFINITY);
-        let mut alphas = [T::Acc::ZERO; MAX_ROWS];
+        let (unit, mods) = (self.args.unit(), &self.args.mods);
+        let factor = mods.softcap.map_or(unit, |cap| 1.0 / cap);
+        let mut alphas = [from(1.0); MAX_ROWS];
         let mut cut = false;
         for first in (0..piece.rows).step_by(lanes) {
             let scores = &mut scores[first * BLOCK_ROWS..piece.rows.min(first + lanes) * BLOCK_ROWS];
             let mut peaks = T::V::<I>::zero_block();
             peaks.as_mut().fill(lowest);
             for (r, scores) in scores.chunks_exact_mut(BLOCK_ROWS).enumerate() {
-                let (token, head) = self.position(piece, first + r);
-                let visible = self.args.visible(piece.batch, token);
+                let query = self.query(piece, first + r);
+                let visible = self.args.mask.hull(query.segment, query.head, query.token);
                 let local = |key: usize| key.clamp(block.start, block.end) - block.start;
                 let seen = local(visible.start)..local(visible.end);
                 let mut bias = [T::Acc::ZERO; BLOCK_ROWS];
-                let bias = (!self.args.bias.is_none()).then(|| {
-                    self.args.bias.read([piece.batch, head, token], block.start, &mut bias[..block.len()]);
-                    &bias
-                });
-                let (peak, hides) = row_scores::<T, I>(scores, (block.len(), seen), scale, bias);
+                let biased = self.read_bias(&query, block, &mut bias);
+                let pass = RowPass {
+                    scale: from(self.args.scale(&query) * factor),
+                    cap: mods.softcap.map(|cap| from(unit * cap)),
+                    bias: biased.then_some(&bias),
+                    unit: from(unit),
+                };
+                let (peak, hides) = row_scores::<T, I>(scores, (block.len(), seen), pass);
                 peaks.as_mut()[r] = peak;
                 cut |= hides;
+                if mods.normalizer != Normalizer::Softmax {
+                    map_row(scores, |score| mods.normalizer.weight(score));
+                    peaks.as_mut()[r] = row_peak::<T, I>(scores);
+                }
+            }
+            if !mods.normalizer.is_exponential() {
+                for (r, scores) in scores.chunks_exact_mut(BLOCK_ROWS).enumerate() {
+                    row_probabilities::<T, I, Ready>(scores, T::Acc::ZERO, &mut state.l[(first + r) * lanes..][..lanes]);
+                }
+                continue;
             }
             let step = rows_step::<T, I>(T::V::<I>::load(&state.m[first..]), peaks);
             step.m.store(&mut state.m[first..]);
@@ -285,7 +345,11 @@ impl<T: SimdElement> Decode<'_, T> {
             for (r, scores) in scores.chunks_exact_mut(BLOCK_ROWS).enumerate() {
                 let sums = &mut state.l[(first + r) * lanes..][..lanes];
                 T::V::<I>::load(sums).mul(T::V::<I>::splat(alphas[first + r])).store(sums);
-                row_probabilities::<T, I>(scores, bases[r], cut, sums);
+                if cut {
+                    row_probabilities::<T, I, MaskedExponential>(scores, bases[r], sums);
+                } else {
+                    row_probabilities::<T, I, Exponential>(scores, bases[r], sums);
+                }
             }
         }
         // A last operand of half a pair takes a row of zeros.
@@ -336,26 +400,20 @@ fn fold<T: SimdElement, I: Isa>(probs: &mut [T::Acc], count: usize) {
     }
 }
 
-/// `(token, head)` of a query row of a key/value head.
-#[inline(always)]
-fn position<T: SimdElement>(args: &ExactArgs<'_, T>, kv_head: usize, row: usize) -> (usize, usize) {
-    let group = args.shape.group();
-    (row / group, kv_head * group + row % group)
-}
-
-/// Divides by the sum and writes a row; a row that saw no key is 0.
+/// Normalises and writes a row.
 #[inline(always)]
 fn finish<T: SimdElement, I: Isa>(
+    args: &ExactArgs<'_, T>,
     out: &ExactOut<'_, T>,
-    (batch, (token, head)): (usize, (usize, usize)),
+    query: &Query<'_>,
     acc: &[T::Acc],
-    m: T::Acc,
-    l: T::Acc,
+    (m, l): (T::Acc, T::Acc),
 ) {
-    let factor = if l == T::Acc::ZERO { l } else { T::Acc::from_f64(1.0 / l.to_f64()) };
+    let (factor, log_sum) = args.close(query, m, l);
+    let [batch, head, token] = query.at();
     weigh::deliver::<T, I>(acc, factor, out.out.row(batch, token, head));
     if let Some(lse) = &out.lse {
-        lse.row(batch, token, head)[0] = log_sum_exp(m, l);
+        lse.row(batch, token, head)[0] = log_sum;
     }
 }
 
@@ -378,8 +436,8 @@ impl<T: SimdElement> Task for Merge<'_, T> {
                 continue;
             }
             for r in 0..piece.rows {
-                let at = (piece.batch, position(self.args, piece.kv_head, piece.first_row + r));
-                self.row::<I>(first, self.splits.along_keys(piece.batch), r, at);
+                let query = self.args.query(&piece.segment, piece.kv_head, piece.first_row + r);
+                self.row::<I>(first, self.splits.along_keys(index / heads), r, &query);
             }
         }
     }
@@ -387,7 +445,7 @@ impl<T: SimdElement> Task for Merge<'_, T> {
 
 impl<T: SimdElement> Merge<'_, T> {
     #[inline(always)]
-    fn row<I: Isa>(&self, first: usize, pieces: usize, r: usize, at: (usize, (usize, usize))) {
+    fn row<I: Isa>(&self, first: usize, pieces: usize, r: usize, query: &Query<'_>) {
         let stride = self.width - 2;
         let part = |i: usize| &self.partials[((first + i) * MAX_ROWS + r) * self.width..][..self.width];
         let mut m = T::Acc::NEG_INFINITY;
@@ -414,6 +472,6 @@ impl<T: SimdElement> Merge<'_, T> {
                 sum.store(&mut acc[d..]);
             }
         }
-        finish::<T, I>(self.out, at, acc, m, T::Acc::from_f64(l));
+        finish::<T, I>(self.args, self.out, query, acc, (m, T::Acc::from_f64(l)));
     }
 }

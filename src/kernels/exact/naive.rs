@@ -1,53 +1,72 @@
 //! The definition, query by query, kept for ever: every fast form is tested against it.
 
-use super::{ExactArgs, ExactOut};
+use super::{ExactArgs, ExactOut, Query};
 use crate::dtype::{Element, Float};
-use ndarray::Axis;
+use crate::kernels::score_mod::Normalizer;
 
-/// Computes each row's scores, their softmax, and the weighted sum of the values it sees, all in f64.
+/// Computes each row's scores, their weights, and the weighted sum of the values it sees, all in f64.
 pub fn forward<T: Element>(args: &ExactArgs<'_, T>, out: &ExactOut<'_, T>) {
-    let (q, k, v) = (args.q.view(), args.k.view(), args.v.view());
-    let group = args.shape.group();
-    for ((batch, token, head), ()) in ndarray::Array3::<()>::default(q.dim_without_width()).indexed_iter() {
-        let keys = args.mask.key_limit(token, args.shape.seqlen_k);
-        let mut bias = vec![T::Acc::ZERO; keys];
-        args.bias.read([batch, head, token], 0, &mut bias);
-        let scores: Vec<f64> = (0..keys)
-            .map(|j| {
-                let products = q.index_axis(Axis(0), batch);
-                let query = products.index_axis(Axis(0), token);
-                let dot: f64 = query
-                    .index_axis(Axis(0), head)
-                    .iter()
-                    .zip(k.index_axis(Axis(0), batch).index_axis(Axis(0), j).index_axis(Axis(0), head / group))
-                    .map(|(&x, &y)| x.to_acc().to_f64() * y.to_acc().to_f64())
-                    .sum();
-                if bias[j] == T::Acc::NEG_INFINITY { f64::NEG_INFINITY } else { args.scale * dot + bias[j].to_f64() }
-            })
-            .collect();
-        let m = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let base = if m == f64::NEG_INFINITY { 0.0 } else { m };
-        let p: Vec<f64> = scores.iter().map(|s| (s - base).exp()).collect();
-        let l: f64 = p.iter().sum();
-        for (d, out) in out.out.row(batch, token, head).iter_mut().enumerate() {
-            let seen = (0..keys).filter(|&j| scores[j] != f64::NEG_INFINITY);
-            let sum: f64 = seen.map(|j| p[j] * v[[batch, j, head / group, d]].to_acc().to_f64()).sum();
-            *out = T::from_acc(T::Acc::from_f64(if l == 0.0 { 0.0 } else { sum / l }));
-        }
-        if let Some(lse) = &out.lse {
-            lse.row(batch, token, head)[0] = T::Acc::from_f64(base + l.ln());
+    for segment in (0..args.segment_count()).map(|index| args.segment(index)) {
+        for kv_head in 0..args.shape.num_kv_heads {
+            for row in 0..segment.q_len * args.shape.group() {
+                attend(args, &args.query(&segment, kv_head, row), kv_head, out);
+            }
         }
     }
 }
 
-/// The axes that rows are indexed by.
-trait RowAxes {
-    fn dim_without_width(&self) -> (usize, usize, usize);
-}
-
-impl<T> RowAxes for ndarray::ArrayView4<'_, T> {
-    fn dim_without_width(&self) -> (usize, usize, usize) {
-        let (batch, token, head, _) = self.dim();
-        (batch, token, head)
+fn attend<T: Element>(args: &ExactArgs<'_, T>, query: &Query<'_>, kv_head: usize, out: &ExactOut<'_, T>) {
+    let [batch, head, token] = query.at();
+    let places = args.places(query.segment);
+    let position = query.segment.offset + query.token as isize;
+    let q = args.q.row(batch, token, head);
+    let scale = args.scale(query);
+    let mut seen: Vec<(usize, f64)> = Vec::new();
+    for j in args.mask.intervals(query.segment, query.head, query.token, 0..usize::MAX).flatten() {
+        let (k_batch, k_token) = places.place(j);
+        let dot: f64 =
+            q.iter().zip(args.k.row(k_batch, k_token, kv_head)).map(|(&x, &y)| x.to_acc().to_f64() * y.to_acc().to_f64()).sum();
+        let mut score = scale * dot;
+        if let Some(cap) = args.mods.softcap {
+            score = cap * (score / cap).tanh();
+        }
+        score -= args.alibi_slope(query) * position.abs_diff(j as isize) as f64;
+        let mut hidden = false;
+        for bias in &args.biases {
+            let mut value = [T::Acc::ZERO];
+            bias.read([batch, head, token], j, &mut value);
+            hidden |= value[0] == T::Acc::NEG_INFINITY;
+            score += value[0].to_f64();
+        }
+        if !hidden {
+            seen.push((j, score));
+        }
+    }
+    let normalizer = args.mods.normalizer;
+    let sink = args.mods.sinks.map_or(f64::NEG_INFINITY, |sinks| sinks.get(batch, head, token));
+    let m = seen.iter().map(|&(_, score)| score).fold(sink, f64::max);
+    let base = if normalizer == Normalizer::Softmax && m != f64::NEG_INFINITY { m } else { 0.0 };
+    let weight = |score: f64| match normalizer {
+        Normalizer::Softmax => (score - base).exp(),
+        Normalizer::Power { power } => score.abs().powf(power),
+        other => other.weight(score),
+    };
+    let weights: Vec<f64> = seen.iter().map(|&(_, score)| weight(score)).collect();
+    let total = weights.iter().sum::<f64>() + (sink - base).exp();
+    let shrink = match (normalizer.divides(), total) {
+        (false, _) => 1.0,
+        (true, 0.0) => 0.0,
+        (true, total) => 1.0 / total,
+    };
+    for (d, out) in out.out.row(batch, token, head).iter_mut().enumerate() {
+        let value = |j: usize| {
+            let (batch, token) = places.place(j);
+            args.v.row(batch, token, kv_head)[d].to_acc().to_f64()
+        };
+        let sum: f64 = seen.iter().zip(&weights).map(|(&(j, _), weight)| weight * value(j)).sum();
+        *out = T::from_acc(T::Acc::from_f64(sum * shrink));
+    }
+    if let Some(lse) = &out.lse {
+        lse.row(batch, token, head)[0] = T::Acc::from_f64(base + total.ln());
     }
 }

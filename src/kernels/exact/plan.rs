@@ -1,9 +1,11 @@
 //! How one call is cut into tasks, and a task's scratch into buffers.
 
 use super::ExactArgs;
+use crate::index::Segments;
 use crate::math::tile::TileKernel;
 use crate::simd::SimdElement;
 use crate::workspace::padded;
+use std::cmp::Reverse;
 
 /// Rows of queries and keys that are worked on at a time. The defaults follow from the shape; tests force tiny ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -24,42 +26,31 @@ const FINE_TASKS_PER_THREAD: usize = 8;
 /// Panels of a fine task: fewer would spend too much of their time on packing keys and values.
 const FINE_PANELS: usize = 3;
 
-/// A run of key/value heads whose rows are cut alike.
-#[derive(Debug, Clone, Copy)]
-struct Cutting {
-    heads: usize,
-    /// Rows of one task, a multiple of the panel.
-    block_q: usize,
-    /// Tasks of one head.
-    row_blocks: usize,
-}
-
-impl Cutting {
-    /// Cuts heads of `rows` rows into about `row_blocks` tasks each, as even as panels allow.
-    fn new(heads: usize, rows: usize, row_blocks: usize, panel: usize) -> Self {
-        let panels = rows.div_ceil(panel);
-        let block_q = panels.div_ceil(row_blocks.clamp(1, panels.max(1))).max(1) * panel;
-        Self { heads, block_q, row_blocks: rows.div_ceil(block_q) }
-    }
-
-    fn tasks(&self) -> usize {
-        self.heads * self.row_blocks
-    }
+/// A task: consecutive rows `(token, head of the group)` of one key/value head of a segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RowTask {
+    /// The segment.
+    pub segment: usize,
+    /// The key/value head.
+    pub kv_head: usize,
+    /// First row.
+    pub first_row: usize,
+    /// Rows, never none.
+    pub rows: usize,
 }
 
 /// The cut.
 ///
 /// Every task packs the keys and values anew, so tasks are as large as the scratch allows; but the last heads are cut finely, so
 /// that threads finish together.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct Plan {
-    /// Query rows of one key/value head: `(token, head of the group)`, token by token.
-    rows: usize,
     /// Keys of one block.
     pub block_k: usize,
-    coarse: Cutting,
-    fine: Cutting,
-    kv_heads: usize,
+    /// The buffers of a task.
+    pub buffers: Buffers,
+    /// The tasks, in the order in which they are handed out.
+    pub tasks: Vec<RowTask>,
 }
 
 /// Lengths of a task's buffers, in accumulator elements; each starts on a cache line.
@@ -106,7 +97,7 @@ impl Buffers {
 impl Plan {
     /// Cuts a call. Tasks never change results; `block_k`, which groups the sums over keys, depends on the shape, the level and
     /// `blocking` alone.
-    pub fn new<T: SimdElement, K: TileKernel<T>>(args: &ExactArgs<'_, T>, blocking: Blocking, threads: usize) -> (Self, Buffers) {
+    pub fn new<T: SimdElement, K: TileKernel<T>>(args: &ExactArgs<'_, T>, blocking: Blocking, threads: usize) -> Self {
         let shape = args.shape;
         let row_bytes = K::PANEL * size_of::<T::Acc>();
         let block_k = blocking
@@ -115,40 +106,31 @@ impl Plan {
             .clamp(1, shape.seqlen_k.max(1))
             .next_multiple_of(K::KEY_STEP.max(K::DEPTH));
         let buffers = Buffers::new::<T, K>(shape.head_dim, shape.head_dim_v, block_k);
-
-        let rows = shape.seqlen_q * shape.group();
-        let heads = shape.batch * shape.num_kv_heads;
         let fitting = (SCRATCH_BYTES / size_of::<T::Acc>()).saturating_sub(buffers.total(0)) / buffers.per_panel();
         let most = blocking.block_q.map_or(fitting.max(1) * K::PANEL, |block_q| block_q.next_multiple_of(K::PANEL));
+
+        let rows_of = |segment: usize| args.segment(segment).q_len * shape.group();
+        let mut order: Vec<usize> = (0..args.segment_count()).filter(|&segment| rows_of(segment) > 0).collect();
+        if let Segments::List(list) = args.segments {
+            // What is short comes last, so that little is left when threads finish.
+            order.sort_by_key(|&segment| Reverse(list[segment].q_len.saturating_mul(list[segment].k_end - list[segment].k_start)));
+        }
+        let heads = order.len() * shape.num_kv_heads;
         let fine_heads = if threads > 1 { threads.min(heads) } else { 0 };
         let fine_tasks = (threads * FINE_TASKS_PER_THREAD).div_ceil(fine_heads.max(1));
-        let fewest = rows.div_ceil(most);
-        let finest = rows.div_ceil(FINE_PANELS * K::PANEL).max(fewest);
-        let plan = Self {
-            rows,
-            block_k,
-            coarse: Cutting::new(heads - fine_heads, rows, fewest, K::PANEL),
-            fine: Cutting::new(fine_heads, rows, fine_tasks.clamp(fewest, finest), K::PANEL),
-            kv_heads: shape.num_kv_heads,
-        };
-        (plan, buffers)
-    }
-
-    /// Number of tasks of the call.
-    pub fn tasks(&self) -> usize {
-        self.coarse.tasks() + self.fine.tasks()
-    }
-
-    /// `(batch, key/value head, first row, rows)` of a task. Tasks of a head follow each other, so that its keys and values stay
-    /// in the cache; the last rows, which see the most keys under a causal mask, come first, so that what is left at the end is
-    /// short.
-    pub fn task(&self, index: usize) -> (usize, usize, usize, usize) {
-        let (cutting, first_head, index) = match index.checked_sub(self.coarse.tasks()) {
-            None => (&self.coarse, 0, index),
-            Some(index) => (&self.fine, self.coarse.heads, index),
-        };
-        let head = first_head + index / cutting.row_blocks;
-        let first = (cutting.row_blocks - 1 - index % cutting.row_blocks) * cutting.block_q;
-        (head / self.kv_heads, head % self.kv_heads, first, cutting.block_q.min(self.rows - first))
+        let mut tasks = Vec::new();
+        let all_heads = order.iter().flat_map(|&segment| (0..shape.num_kv_heads).map(move |head| (segment, head)));
+        for (index, (segment, kv_head)) in all_heads.enumerate() {
+            let rows = rows_of(segment);
+            let fewest = rows.div_ceil(most);
+            let finest = rows.div_ceil(FINE_PANELS * K::PANEL).max(fewest);
+            let wanted = if index < heads - fine_heads { fewest } else { fine_tasks.clamp(fewest, finest) };
+            // About so many tasks, as even as panels allow. The last rows, which see the most keys under a causal mask, come first.
+            let block_q = rows.div_ceil(K::PANEL).div_ceil(wanted) * K::PANEL;
+            for first_row in (0..rows).step_by(block_q).rev() {
+                tasks.push(RowTask { segment, kv_head, first_row, rows: block_q.min(rows - first_row) });
+            }
+        }
+        Self { block_k, buffers, tasks }
     }
 }

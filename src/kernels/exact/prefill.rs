@@ -11,18 +11,21 @@
 //!   O = transpose(O^T) / l
 //! ```
 //!
-//! 1. Blocks beyond a panel's last visible key are never computed, and at the diagonal each vector of a panel stops at its own
-//!    last key.
+//! 1. Blocks of which a panel sees no key are not computed, and at the edges of a mask each vector of a panel starts and stops at
+//!    its own keys.
 //! 2. Mask code runs on blocks that a mask cuts, nowhere else.
 //! 3. The scale enters with the exponential, where it costs nothing; scores are in base 2.
 
-use super::panel::{Cut, Panel};
-use super::plan::{Buffers, Plan};
+use super::panel::Panel;
+use super::plan::{Plan, RowTask};
 use super::{Blocking, ExactArgs, ExactOut};
+use crate::index::Segment;
 use crate::math::tile::{HeadRows, TileKernel, VectorTiles};
 use crate::parallel::for_each_tile;
 use crate::simd::{Isa, Level, SimdElement, Task};
 use crate::workspace::Scratch;
+use std::ops::Range;
+use std::sync::OnceLock;
 
 /// Calls of fewer floating-point operations than this are over before another thread would start.
 const SERIAL_FLOPS: usize = 1 << 21;
@@ -30,104 +33,151 @@ const SERIAL_FLOPS: usize = 1 << 21;
 struct Prefill<'a, T: SimdElement> {
     args: &'a ExactArgs<'a, T>,
     out: &'a ExactOut<'a, T>,
-    blocking: Blocking,
-    threads: usize,
+    plan: &'a Plan,
 }
 
 /// Computes `out` with up to `threads` threads. Results do not depend on how many.
 pub fn forward<T: SimdElement>(args: &ExactArgs<'_, T>, out: &ExactOut<'_, T>, level: Level, threads: usize, blocking: Blocking) {
     let shape = args.shape;
-    let flops = (shape.batch * shape.num_heads * shape.seqlen_q)
-        .saturating_mul(shape.seqlen_k)
-        .saturating_mul(2 * (shape.head_dim + shape.head_dim_v));
+    let scores = |segment: usize| {
+        let segment = args.segment(segment);
+        let rows = segment.q_len * shape.group();
+        // Of all rows, the last sees about as many keys as any.
+        rows.saturating_mul(args.hull(&segment, 0, rows.saturating_sub(1)..rows).len())
+    };
+    let scores: usize = (0..args.segment_count()).map(scores).fold(0, usize::saturating_add);
+    let flops = scores.saturating_mul(shape.num_kv_heads * 2 * (shape.head_dim + shape.head_dim_v));
     let threads = if flops < SERIAL_FLOPS { 1 } else { threads };
-    let prefill = Prefill { args, out, blocking, threads };
-    let count = std::sync::OnceLock::new();
-    level.run(&CountTasks { prefill: &prefill, count: &count }, 0);
-    for_each_tile(level, threads, count.into_inner().unwrap_or(0), &prefill);
+    let plan = OnceLock::new();
+    level.run(&Planning { args, blocking, threads, plan: &plan }, 0);
+    let Some(plan) = plan.into_inner() else { return };
+    for_each_tile(level, threads, plan.tasks.len(), &Prefill { args, out, plan: &plan });
 }
 
-/// Panels differ between instruction sets, and with them the number of tasks.
-struct CountTasks<'a, T: SimdElement> {
-    prefill: &'a Prefill<'a, T>,
-    count: &'a std::sync::OnceLock<usize>,
+/// Panels differ between instruction sets, and with them the tasks.
+struct Planning<'a, T: SimdElement> {
+    args: &'a ExactArgs<'a, T>,
+    blocking: Blocking,
+    threads: usize,
+    plan: &'a OnceLock<Plan>,
 }
 
-impl<T: SimdElement> Task for CountTasks<'_, T> {
+impl<T: SimdElement> Task for Planning<'_, T> {
     #[inline(always)]
     fn run<I: Isa>(&self, _index: usize) {
-        self.count.get_or_init(|| self.prefill.plan::<VectorTiles<I>>().0.tasks());
+        self.plan.get_or_init(|| Plan::new::<T, VectorTiles<I>>(self.args, self.blocking, self.threads));
     }
 }
 
 impl<T: SimdElement> Task for Prefill<'_, T> {
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
-        self.rows::<I, VectorTiles<I>>(index);
+        self.rows::<I, VectorTiles<I>>(self.plan.tasks[index]);
     }
 }
 
 impl<T: SimdElement> Prefill<'_, T> {
-    fn plan<K: TileKernel<T>>(&self) -> (Plan, Buffers) {
-        Plan::new::<T, K>(self.args, self.blocking, self.threads)
-    }
-
     #[inline(always)]
-    fn rows<I: Isa, K: TileKernel<T>>(&self, index: usize) {
-        let (plan, buffers) = self.plan::<K>();
-        let (batch, kv_head, first_row, rows) = plan.task(index);
-        let shape = self.args.shape;
-        let group = shape.group();
-        let panels = rows.div_ceil(K::PANEL);
-        let last_token = (first_row + rows - 1) / group;
-        let key_end = self.args.mask.key_limit(last_token, shape.seqlen_k);
+    fn rows<I: Isa, K: TileKernel<T>>(&self, task: RowTask) {
+        let (args, buffers, block_k) = (self.args, &self.plan.buffers, self.plan.block_k);
+        let shape = args.shape;
+        let segment = args.segment(task.segment);
+        let rows = task.first_row..task.first_row + task.rows;
+        let panels = task.rows.div_ceil(K::PANEL);
+        let seen = args.hull(&segment, task.kv_head, rows.clone());
         let total = buffers.total(panels);
         let mut scratch = Scratch::take::<T::Acc>(total);
         let (packed_keys, scratch) = scratch.as_mut_slice()[..total].split_at_mut(buffers.keys);
         let (packed_values, scratch) = scratch.split_at_mut(buffers.values);
         let (scores, scratch) = scratch.split_at_mut(buffers.scores);
         let (lanes, state) = scratch.split_at_mut(3 * buffers.lanes);
-        let first = 0;
-        let count = plan.block_k.min(key_end);
-        let mut keys = HeadRows { tensor: self.args.k, batch, head: kv_head, first, count };
-        let mut values = HeadRows { tensor: self.args.v, batch, head: kv_head, first, count };
-        for (p, state) in state.chunks_exact_mut(buffers.per_panel()).enumerate() {
-            keys.prefetch(p, panels);
-            values.prefetch(p, panels);
-            self.panel::<I, K>(&buffers, state, (batch, kv_head), first_row, rows, p).start();
+        // Blocks begin at multiples of their length, whatever the task: how sums are grouped does not depend on it.
+        let first = seen.start / block_k * block_k;
+        let places = args.places(&segment);
+        let mut keys = HeadRows { tensor: args.k, places, head: task.kv_head, first, count: 0 };
+        let mut values = HeadRows { tensor: args.v, ..keys };
+        let mut next = self.next_block(&segment, &task, first..seen.end);
+        (keys, values) = (keys.moved(&next), values.moved(&next));
+        for part in 0..panels {
+            keys.prefetch(part, panels);
+            values.prefetch(part, panels);
         }
-        while keys.count > 0 {
+        let hulls: Vec<Range<usize>> = (0..panels)
+            .map(|p| args.hull(&segment, task.kv_head, self.panel_rows::<K>(&task, p)))
+            .collect();
+        while !next.is_empty() {
             K::pack_keys(&keys, shape.head_dim, packed_keys);
             let finite = K::pack_values(&values, shape.head_dim_v, packed_values);
-            let (first_key, count) = (keys.first, keys.count);
-            (keys, values) = (keys.following(key_end), values.following(key_end));
-            for (p, state) in state.chunks_exact_mut(buffers.per_panel()).enumerate() {
-                keys.prefetch(p, panels);
-                values.prefetch(p, panels);
-                let mut panel = self.panel::<I, K>(&buffers, state, (batch, kv_head), first_row, rows, p);
-                let cut = Cut::new(&panel, first_key, count);
-                if cut.is_empty() {
-                    continue;
+            let block = next;
+            next = self.next_block(&segment, &task, block.start + block_k..seen.end);
+            (keys, values) = (keys.moved(&next), values.moved(&next));
+            let sees = |hull: &Range<usize>| hull.start < block.end && block.start < hull.end;
+            let at_work = hulls.iter().filter(|hull| sees(hull)).count();
+            let mut part = 0;
+            for (p, hull) in hulls.iter().enumerate().filter(|(_, hull)| sees(hull)) {
+                keys.prefetch(part, at_work);
+                values.prefetch(part, at_work);
+                part += 1;
+                let state = &mut state[p * buffers.per_panel()..][..buffers.per_panel()];
+                let mut panel = self.panel::<I, K>(state, (&segment, &task), p);
+                // A panel is set up when it is first needed and written when it is done: between, it stays in the cache.
+                if block.start <= hull.start {
+                    panel.start();
                 }
-                panel.attend(&cut, finite, (packed_keys, packed_values), scores, lanes);
+                let cut = panel.cut(block.start, block.len());
+                if !cut.is_empty() {
+                    panel.attend((&cut, block.start), finite, (packed_keys, packed_values), scores, lanes);
+                }
+                if hull.end <= block.end {
+                    panel.finish(self.out);
+                }
             }
         }
-        for (p, state) in state.chunks_exact_mut(buffers.per_panel()).enumerate() {
-            self.panel::<I, K>(&buffers, state, (batch, kv_head), first_row, rows, p).finish(self.out);
+        for (p, _) in hulls.iter().enumerate().filter(|(_, hull)| hull.is_empty()) {
+            let state = &mut state[p * buffers.per_panel()..][..buffers.per_panel()];
+            let mut panel = self.panel::<I, K>(state, (&segment, &task), p);
+            panel.start();
+            panel.finish(self.out);
         }
+    }
+
+    /// Rows of a panel of a task.
+    #[inline(always)]
+    fn panel_rows<K: TileKernel<T>>(&self, task: &RowTask, p: usize) -> Range<usize> {
+        let first = task.first_row + p * K::PANEL;
+        first..(first + K::PANEL).min(task.first_row + task.rows)
+    }
+
+    /// The first block of `keys`, which begin with one, of which some row of the task sees a key; empty if there is none.
+    #[inline(always)]
+    fn next_block(&self, segment: &Segment, task: &RowTask, keys: Range<usize>) -> Range<usize> {
+        let block_k = self.plan.block_k;
+        let mut first = keys.start;
+        while first < keys.end {
+            let block = first..keys.end.min(first + block_k);
+            if self.args.mask.is_monotone() || self.is_seen(segment, task, &block) {
+                return block;
+            }
+            first += block_k;
+        }
+        keys.end..keys.end
+    }
+
+    fn is_seen(&self, segment: &Segment, task: &RowTask, keys: &Range<usize>) -> bool {
+        (task.first_row..task.first_row + task.rows).any(|row| {
+            let query = self.args.query(segment, task.kv_head, row);
+            self.args.mask.intervals(segment, query.head, query.token, keys.clone()).next().is_some()
+        })
     }
 
     #[inline(always)]
     fn panel<'s, I: Isa, K: TileKernel<T>>(
         &'s self,
-        buffers: &Buffers,
         state: &'s mut [T::Acc],
-        (batch, kv_head): (usize, usize),
-        first_row: usize,
-        rows: usize,
+        (segment, task): (&'s Segment, &RowTask),
         p: usize,
     ) -> Panel<'s, T, I, K> {
-        let first = first_row + p * K::PANEL;
-        Panel::new(self.args, buffers, state, (batch, kv_head), first, K::PANEL.min(rows - p * K::PANEL))
+        let rows = self.panel_rows::<K>(task, p);
+        Panel::new(self.args, &self.plan.buffers, state, (segment, task.kv_head), rows.start, rows.len())
     }
 }

@@ -214,9 +214,9 @@ CASES = {
     "heads that do not divide": (rows, {"q": normal(2, 1, 3, 16)}, ValueError, r"(q|k_cache): "),
     "too wide": (
         rows,
-        {"q": normal(2, 1, 4, 520), "k_cache": normal(3, 20, 2, 520), "k": normal(2, 2, 2, 520)},
+        {"q": normal(2, 1, 4, 1025), "k_cache": normal(3, 20, 2, 1025), "k": normal(2, 2, 2, 1025)},
         (ValueError, NotImplementedError),
-        r"520",
+        r"1025",
     ),
     "new keys of rank 3": (rows, {"k": normal(2, 2, 16)}, ValueError, r"\bk: "),
     "new values of rank 3": (rows, {"v": normal(2, 2, 12)}, ValueError, r"\bv: "),
@@ -232,7 +232,6 @@ CASES = {
         r"k_cache: .*contiguous",
     ),
     # Options.
-    "window": (rows, {"window_size": (5, -1)}, NotImplementedError, r"window_size: "),
     "window of one side": (rows, {"window_size": 5}, TypeError, r"window_size: expected .* got 5$"),
     "window of three sides": (
         rows,
@@ -240,9 +239,26 @@ CASES = {
         TypeError,
         r"window_size: .* got \(1, 2, 3\)$",
     ),
-    "window of the future": (rows, {"window_size": (None, 0)}, NotImplementedError, r"window_size: "),
-    "soft-cap": (rows, {"softcap": 30.0}, NotImplementedError, r"softcap: "),
-    "alibi": (rows, {"alibi_slopes": normal(4)}, NotImplementedError, r"alibi_slopes: "),
+    "window of fractions": (rows, {"window_size": (1.5, 0)}, TypeError, r"window_size: "),
+    "negative soft-cap": (rows, {"softcap": -30.0}, ValueError, r"softcap: .*-30"),
+    "infinite soft-cap": (rows, {"softcap": np.inf}, ValueError, r"softcap: .*inf"),
+    "slopes of other heads": (rows, {"alibi_slopes": normal(3)}, ValueError, r"alibi_slopes: .*\(3,\)"),
+    "slopes of other sequences": (
+        rows,
+        {"alibi_slopes": normal(3, 4)},
+        ValueError,
+        r"alibi_slopes: .*\(3, 4\)",
+    ),
+    "slopes of another dtype": (
+        rows,
+        {"alibi_slopes": normal(4, dtype=np.float64)},
+        TypeError,
+        r"alibi_slopes: .*float64",
+    ),
+    "slopes that are no array": (rows, {"alibi_slopes": [0.5] * 4}, TypeError, r"alibi_slopes: .*list"),
+    "sinks of other heads": (rows, {"sinks": normal(2)}, ValueError, r"sinks: .*\(2,\)"),
+    "sinks of another dtype": (rows, {"sinks": normal(4, dtype=np.float16)}, TypeError, r"sinks: .*float16"),
+    "sinks of another library": (rows, {"sinks": torch.zeros(4)}, TypeError, r"sinks: "),
     "negative pieces": (rows, {"num_splits": -1}, ValueError, r"num_splits: .*-1"),
 }
 

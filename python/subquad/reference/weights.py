@@ -1,0 +1,96 @@
+"""How scores become weights and weights a result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Bool = npt.NDArray[np.bool_]
+Float64 = npt.NDArray[np.float64]
+
+
+def weights_of(scores: Array, normalizer: Any) -> tuple[Array, bool]:
+    """Returns the weights that a normalizer other than softmax gives to scores, and whether they are divided by their sum.
+
+    Args:
+        scores: of any shape and of the dtype in which to compute.
+        normalizer: an object of `subquad.normalizers`.
+    """
+    one = scores.dtype.type(1)
+    match normalizer._lowered():
+        case ("sigmoid", bias):
+            return one / (one + np.exp(-(scores + scores.dtype.type(bias)))), False
+        case ("softplus",):
+            return np.logaddexp(scores.dtype.type(0), scores), True
+        case ("relu", power, normalize):
+            return np.maximum(scores, 0) ** scores.dtype.type(power), normalize
+        case ("power", power):
+            return np.abs(scores) ** scores.dtype.type(power), True
+        case lowered:
+            raise ValueError(f"normalizer: expected one that has a definition here, got {lowered[0]}")
+
+
+def _weigh(weights: Float64, visible: Bool, values: Float64) -> Float64:
+    """Returns the weighted sum of the visible `values` `[..., K, D]` under `weights` `[..., Q, K]`."""
+    # A hidden value must not count, and 0 * inf is NaN: rows that see every non-finite value multiply it, others drop it.
+    out = weights @ np.where(np.isfinite(values), values, 0.0)
+    for place in np.argwhere(~np.isfinite(values).all(axis=-1)):
+        *stack, key = place
+        row = values[(*stack, key)]
+        seen = visible[(*stack, slice(None), key)]
+        extra = weights[(*stack, slice(None), key)][..., None] * np.where(np.isfinite(row), 0.0, row)
+        out[tuple(stack)] += np.where(seen[..., None], extra, 0.0)
+    return out
+
+
+def softmax(
+    scores: Float64, visible: Bool, values: Float64, sinks: Float64 | None = None
+) -> tuple[Float64, Float64]:
+    """Returns the mean of the visible values under the softmax of their scores, and the log-sum-exp.
+
+    Args:
+        scores: `[..., Q, K]`.
+        visible: `[..., Q, K]`.
+        values: `[..., K, D]`.
+        sinks: a further logit of each query, without a value: `[..., Q, 1]`, or `None`.
+
+    Returns:
+        `[..., Q, D]` and `[..., Q]`. Where nothing is visible, 0 and the sink (without one, `-inf`).
+    """
+    scores = np.where(visible, scores, -np.inf)
+    peak = np.max(scores, axis=-1, keepdims=True, initial=-np.inf)
+    peak = peak if sinks is None else np.maximum(peak, sinks)
+    base = np.where(np.isneginf(peak), 0.0, peak)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        weights = np.where(visible, np.exp(scores - base), 0.0)
+        total = weights.sum(axis=-1, keepdims=True)
+        total = total if sinks is None else total + np.exp(sinks - base)
+        lse = base + np.log(total)
+        out = _weigh(weights, visible, values)
+        out = np.where(total == 0.0, 0.0, out / np.where(total == 0.0, 1.0, total))
+    return out, lse[..., 0]
+
+
+def normalized(scores: Float64, visible: Bool, values: Float64, normalizer: Any) -> tuple[Float64, Float64]:
+    """Returns the sum of the visible values under the weights of a normalizer, and the logarithm of the sum of weights.
+
+    Args:
+        scores: `[..., Q, K]`.
+        visible: `[..., Q, K]`.
+        values: `[..., K, D]`.
+        normalizer: an object of `subquad.normalizers`.
+
+    Returns:
+        `[..., Q, D]` and `[..., Q]`. Where the weights sum to nothing, 0 and `-inf`.
+    """
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        weights, divided = weights_of(scores, normalizer)
+        weights = np.where(visible, weights, 0.0)
+        total = weights.sum(axis=-1, keepdims=True)
+        out = _weigh(weights, visible, values)
+        if divided:
+            out = np.where(total == 0.0, 0.0, out / np.where(total == 0.0, 1.0, total))
+        return out, np.log(total)[..., 0]
