@@ -6,11 +6,13 @@ import inspect
 
 import pytest
 import torch
-from transformers import masking_utils
+from transformers import LlamaConfig, masking_utils
 
 import subquad.hf
+from subquad.hf import registry
+from subquad.hf.attention import attention_forward
 from subquad.hf.masks import structured_mask
-from subquad.hf.patterns import Span, is_causal
+from subquad.hf.patterns import Pattern, Span, describe
 from subquad.hf.structured_mask import DenseForm, StructuredMask
 
 if "q_length" not in inspect.signature(masking_utils.sdpa_mask).parameters:
@@ -44,12 +46,31 @@ def _dense(arguments):
 
 def _expand(call, q_length, kv_length):
     """The tensor that one call's arguments stand for."""
-    mask = torch.ones(2, 1, q_length, call.visible, dtype=torch.bool)
-    if call.causal:
-        mask = mask.tril(call.visible - q_length)
+    positions, keys = torch.arange(q_length) + call.visible - q_length, torch.arange(call.visible)
+    distance = (keys[None] - positions[:, None]).expand(2, 1, q_length, call.visible)
+    left, right = call.window_size or (None, None)
+    mask = (distance <= 0) if call.causal else torch.ones_like(distance, dtype=torch.bool)
+    if left is not None:
+        mask = mask & (distance >= -left)
+    if right is not None:
+        mask = mask & (distance <= right)
     if call.bias is not None:
         mask = mask & call.bias
+    if call.mask is not None:
+        mask = mask & torch.from_numpy(call.mask.dense(2, q_length, call.visible))[:, None]
     return torch.nn.functional.pad(mask, (0, kv_length - call.visible))
+
+
+def _assert_stands_for(call, arguments):
+    """The arguments show the keys that transformers' mask shows; what padding sees does not matter."""
+    q_length, kv_length = arguments["q_length"], arguments["kv_length"]
+    found, expected = _expand(call, q_length, kv_length), _dense(arguments)
+    given = arguments["attention_mask"]
+    if given is not None and arguments["mask_function"] is not masking_utils.bidirectional_mask_function:
+        first = int(arguments["q_offset"])
+        tokens = given[:, first : first + q_length, None][:, None].expand(2, 1, q_length, kv_length)
+        found, expected = found[tokens], expected[tokens]
+    assert torch.equal(found, expected)
 
 
 def _padding(length, left=0, right=0):
@@ -81,8 +102,9 @@ def test_causal_and_padding(lengths, padding):
     assert isinstance(mask, StructuredMask)
     call = mask.for_call(q_length, kv_length)
     assert call.visible == min(offset + q_length, kv_length)
-    assert (call.bias is None) == (given is None or bool(given[:, : call.visible].all()))
-    assert torch.equal(_expand(call, q_length, kv_length), _dense(arguments))
+    assert call.bias is None
+    assert (call.mask is None) == (given is None or bool(given[:, : call.visible].all()))
+    _assert_stands_for(call, arguments)
     assert torch.equal(mask.dense(), _dense(arguments))
 
 
@@ -92,20 +114,50 @@ def test_bidirectional_and_padding(padding):
     arguments = _arguments(9, 9, padding=_padding(9, *padding), function=function)
     mask = structured_mask(**arguments)
     call = mask.for_call(9, 9)
-    assert (call.causal, call.visible, tuple(call.bias.shape)) == (False, 9, (2, 1, 1, 9))
-    assert torch.equal(_expand(call, 9, 9), _dense(arguments))
+    assert (call.causal, call.visible, call.bias) == (False, 9, None)
+    _assert_stands_for(call, arguments)
+
+
+def test_padding_in_pieces_stays_a_tensor_of_keys():
+    padding = _padding(9, 2, 1)
+    padding[0, 5] = False
+    arguments = _arguments(9, 9, padding=padding)
+    call = structured_mask(**arguments).for_call(9, 9)
+    assert tuple(call.bias.shape) == (2, 1, 1, 9)
+    _assert_stands_for(call, arguments)
+
+
+def _of_model(create, **others):
+    config = LlamaConfig(num_hidden_layers=1, sliding_window=3, attn_implementation="sdpa")
+    config._attn_implementation = registry.NAME
+    given = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
+    embeddings = torch.zeros(2, 5, 8)
+    registry.register(attention_forward, structured_mask)
+    try:
+        return create(config, inputs_embeds=embeddings, attention_mask=given, **others)
+    finally:
+        registry.unregister_unused()
+
+
+def test_queries_that_are_padding():
+    """They see nothing where they are tokens of their own; what attends to an encoder's padding is none."""
+    own = _of_model(masking_utils.create_bidirectional_mask).for_call(5, 5)
+    assert not torch.from_numpy(own.mask.dense(2, 5, 5))[0, 3:].any()
+    encoder = _of_model(
+        masking_utils.create_bidirectional_mask, encoder_hidden_states=torch.zeros(2, 5, 8)
+    ).for_call(5, 5)
+    assert torch.from_numpy(encoder.mask.dense(2, 5, 5))[0, 3:, :3].all()
 
 
 def test_keys_that_the_padding_mask_lacks_are_hidden():
     function = masking_utils.bidirectional_mask_function
     arguments = _arguments(4, 9, padding=_padding(7, left=1), function=function)
-    assert torch.equal(_expand(structured_mask(**arguments).for_call(4, 9), 4, 9), _dense(arguments))
+    _assert_stands_for(structured_mask(**arguments).for_call(4, 9), arguments)
 
 
 def test_keys_that_do_not_start_at_the_first_token():
     arguments = _arguments(3, 7, 12, kv_offset=8, padding=_padding(15, left=10))
-    mask = structured_mask(**arguments)
-    assert torch.equal(_expand(mask.for_call(3, 7), 3, 7), _dense(arguments))
+    _assert_stands_for(structured_mask(**arguments).for_call(3, 7), arguments)
 
 
 def test_offset_of_a_static_cache_is_read_at_once():
@@ -130,38 +182,74 @@ NO_PADDING = torch.zeros(2, dtype=torch.long)
 PADDED = masking_utils.padding_mask_function(torch.ones(2, 9, dtype=torch.bool))
 
 
+PACKED = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [0] * 9])
+DOCUMENTS = masking_utils.packed_sequence_mask_function(PACKED)
+IN_DOCUMENTS = masking_utils.remap_positions_for_packed_sequence
+
+
 @pytest.mark.parametrize(
     ("function", "span", "expected"),
     [
-        (CAUSAL, Span(0, 8, 0, 8), True),
-        (masking_utils.bidirectional_mask_function, Span(0, 8, 0, 8), False),
-        (WINDOW(9), Span(0, 8, 0, 8), True),
-        (WINDOW(8), Span(0, 8, 0, 8), None),
-        (WINDOW(8), Span(8, 8, 1, 8), True),
-        (WINDOW(8), Span(8, 8, 0, 8), None),
-        (WINDOW(8), Span(0, 7, 0, 30), True),
-        (TWO_WAY(8), Span(0, 8, 0, 8), False),
-        (TWO_WAY(7), Span(0, 8, 0, 8), None),
-        (CHUNKS(9, NO_PADDING), Span(0, 8, 0, 8), True),
-        (CHUNKS(8, NO_PADDING), Span(0, 8, 0, 8), None),
-        (CHUNKS(8, NO_PADDING + 1), Span(0, 8, 0, 8), True),
+        (CAUSAL, Span(0, 8, 0, 8), Pattern(causal=True)),
+        (masking_utils.bidirectional_mask_function, Span(0, 8, 0, 8), Pattern()),
+        (WINDOW(9), Span(0, 8, 0, 8), Pattern(causal=True)),
+        (WINDOW(8), Span(0, 8, 0, 8), Pattern(causal=True, left=7)),
+        (WINDOW(8), Span(8, 8, 1, 8), Pattern(causal=True)),
+        (WINDOW(8), Span(0, 7, 0, 30), Pattern(causal=True)),
+        (TWO_WAY(8), Span(0, 8, 0, 8), Pattern()),
+        (TWO_WAY(7), Span(0, 8, 0, 8), Pattern(left=7, right=7)),
+        (CHUNKS(9, NO_PADDING), Span(0, 8, 0, 8), Pattern(causal=True)),
+        (CHUNKS(8, NO_PADDING), Span(0, 8, 0, 8), Pattern(causal=True, chunk=8)),
+        (CHUNKS(4, NO_PADDING), Span(9, 9, 4, 9), Pattern(causal=True, chunk=4)),
+        (CHUNKS(4, NO_PADDING), Span(9, 9, 5, 9), None),
+        (CHUNKS(8, NO_PADDING + 1), Span(0, 8, 0, 8), Pattern(causal=True)),
         (CHUNKS(8, torch.tensor([1, 0])), Span(0, 8, 0, 8), None),
+        (masking_utils.and_masks(WINDOW(8), WINDOW(3)), Span(0, 8, 0, 8), Pattern(causal=True, left=2)),
+        (masking_utils.and_masks(CHUNKS(4, NO_PADDING), CHUNKS(3, NO_PADDING)), Span(0, 8, 0, 8), None),
         (masking_utils.and_masks(CAUSAL, PADDED), Span(0, 8, 0, 8), None),
         (masking_utils.or_masks(CAUSAL, CAUSAL), Span(0, 8, 0, 8), None),
+        (IN_DOCUMENTS(CAUSAL, PACKED), Span(0, 8, 0, 8), None),
         (lambda batch, head, q, k: k <= q, Span(0, 8, 0, 8), None),
     ],
 )  # fmt: skip
 def test_patterns(function, span, expected):
-    assert is_causal(function, span) is expected
+    assert describe(function, span) == expected
+
+
+def test_packed_documents():
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1], list(range(9))])
+    function = masking_utils.and_masks(IN_DOCUMENTS(WINDOW(3), positions), DOCUMENTS)
+    arguments = _arguments(9, 9, function=function, local_size=3, allow_is_causal_skip=False)
+    call = structured_mask(**arguments).for_call(9, 9)
+    assert call.window_size == (2, None)
+    _assert_stands_for(call, arguments)
 
 
 @pytest.mark.parametrize("window", [5, 9, 20])
-def test_windows(window):
-    arguments = _arguments(9, 9, padding=_padding(9, left=2), function=WINDOW(window), local_size=window)
+@pytest.mark.parametrize("lengths", [(9, 9, 0), (1, 9, 8), (4, 9, 5), (4, 9, 2)])
+def test_windows(window, lengths):
+    q_length, kv_length, offset = lengths
+    padding = _padding(offset + q_length, left=2)
+    arguments = _arguments(*lengths, padding=padding, function=WINDOW(window), local_size=window)
     mask = structured_mask(**arguments)
-    assert isinstance(mask, StructuredMask) == (window >= 9)
-    dense = mask.dense() if isinstance(mask, StructuredMask) else mask
-    assert torch.equal(dense, _dense(arguments))
+    _assert_stands_for(mask.for_call(q_length, kv_length), arguments)
+    assert torch.equal(mask.dense(), _dense(arguments))
+
+
+def test_two_way_windows():
+    arguments = _arguments(
+        9, 9, padding=_padding(9, right=2), function=TWO_WAY(3), allow_is_bidirectional_skip=True
+    )
+    call = structured_mask(**arguments).for_call(9, 9)
+    assert call.window_size == (3, 3)
+    assert torch.equal(_expand(call, 9, 9), _dense(arguments))
+
+
+@pytest.mark.parametrize("lengths", [(9, 9, 0), (1, 9, 8), (4, 9, 5)])
+def test_chunks(lengths):
+    q_length, kv_length, _ = lengths
+    arguments = _arguments(*lengths, function=CHUNKS(4, NO_PADDING), local_size=4)
+    _assert_stands_for(structured_mask(**arguments).for_call(q_length, kv_length), arguments)
 
 
 @pytest.mark.parametrize(
