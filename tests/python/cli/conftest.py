@@ -85,6 +85,7 @@ class Recorder:
     def __init__(self) -> None:
         self.stages: list[tuple[str, int | None]] = []
         self.details: list[str] = []
+        self.shown: list[str] = []
         self.notes: list[str] = []
 
     @contextmanager
@@ -94,6 +95,9 @@ class Recorder:
 
     def advance(self, detail: str) -> None:
         self.details.append(detail)
+
+    def show(self, detail: str) -> None:
+        self.shown.append(detail)
 
     def note(self, message: str) -> None:
         self.notes.append(message)

@@ -41,6 +41,22 @@ def test_plain_stage_without_a_total():
     assert "running: part\n" in file.getvalue()
 
 
+def test_plain_lines_that_only_show_are_rare(monkeypatch, clock):
+    monkeypatch.setattr(progress, "time", clock)
+    file = io.StringIO()
+    with progress.PlainProgress(file) as shown, shown.stage("running", total=2) as stage:
+        for second in range(1, 26):
+            clock.sleep(1.0)
+            stage.show(f"second {second}")
+            if second == 12:
+                stage.advance("half")
+    assert file.getvalue().splitlines()[1:-1] == [
+        "running: second 10",
+        "running 1/2: half",
+        "running: second 22",
+    ]
+
+
 def test_a_stage_that_fails_is_not_reported_as_done():
     file = io.StringIO()
     with pytest.raises(ZeroDivisionError), progress.PlainProgress(file) as shown, shown.stage("running"):
@@ -70,9 +86,10 @@ def test_drawn_on_a_terminal(monkeypatch):
             pass
         with shown.stage("running", total=4) as stage:
             stage.advance("first [of] few")
+            stage.show("second [of]")
         shown.note("[a note]")
     text = file.getvalue()
-    for each in ("loading", "running", "first [of] few", "[a note]", "✓", "\x1b[?25h"):
+    for each in ("loading", "running", "second [of]", "[a note]", "✓", "\x1b[?25h"):
         assert each in text
 
 

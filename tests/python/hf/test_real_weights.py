@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,55 +11,77 @@ from transformers import DynamicCache
 
 import subquad.hf
 from subquad.cli.demo import text, weights
+from subquad.cli.demo.models import MODELS
 from subquad.cli.errors import UserError
-
-PROMPT = 6000
-NEW_TOKENS = 256
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
+class Case(NamedTuple):
+    """A model, its length of prompt, how many tokens it writes, and the attention that says which."""
+
+    model: str
+    prompt: int
+    new_tokens: int
+    reference: str
+
+
+CASES = [
+    Case("smollm2", 6000, 256, "sdpa"),
+    # Most of its layers see the last 512 tokens.
+    Case("gemma", 4096, 64, "eager"),
+]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.model)
+def case(request) -> Case:
+    return request.param
+
+
 @pytest.fixture
-def directory():
+def directory(case):
     for package in ("gguf", "platformdirs", "accelerate"):
         pytest.importorskip(package)
     try:
-        return weights.prepare(weights.locate())
+        return weights.prepare(weights.locate(MODELS[case.model]))
     except UserError as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture
-def prompt(directory):
+def prompt(case, directory):
     try:
-        return torch.tensor([text.prompt_ids(weights.load_tokenizer(directory), PROMPT)])
+        return torch.tensor([text.prompt_ids(weights.load_tokenizer(directory), case.prompt)])
     except UserError as error:
         pytest.skip(str(error))
 
 
-def _generate(model, prompt):
+def _generate(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[list[int], type]:
     # Tokens that end the text do not end it here.
     result = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
         do_sample=False,
         return_dict_in_generate=True,
     )
     cache = getattr(result, "cache", None) or result.past_key_values
-    return result.sequences[0, PROMPT:].tolist(), type(cache)
+    return result.sequences[0, prompt.shape[1] :].tolist(), type(cache)
 
 
-def test_greedy(directory, prompt):
+def test_greedy(case, directory, prompt):
     torch.set_num_threads(os.cpu_count() or 1)
     model = weights.load_model(directory, "float32")
-    expected, kind = _generate(model, prompt)
-    assert (len(expected), kind) == (NEW_TOKENS, DynamicCache)
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation(case.reference)
+    expected, kind = _generate(model, prompt, case.new_tokens)
+    assert (len(expected), kind) == (case.new_tokens, DynamicCache)
+    model.set_attn_implementation(implementation)
     with subquad.hf.patch(model) as handle:
-        actual, kind = _generate(model, prompt)
+        actual, kind = _generate(model, prompt, case.new_tokens)
         report = handle.report()
     assert kind is subquad.hf.GrowingCache
-    assert report.computed == NEW_TOKENS * model.config.num_hidden_layers
+    assert report.computed == case.new_tokens * model.config.num_hidden_layers
     assert not report.delegated
     assert actual == expected

@@ -50,12 +50,13 @@ def timed(call: Callable[[], object]) -> Callable[[], float]:
         return (time.perf_counter() - start) / times
 
     def warm_up() -> float:
-        start, calls, elapsed = time.perf_counter(), 0, 0.0
-        while elapsed < _WARM_SECONDS:
+        start, calls = time.perf_counter(), 0
+        while True:
             call()
             calls += 1
             elapsed = time.perf_counter() - start
-        return elapsed / calls
+            if elapsed >= _WARM_SECONDS:
+                return elapsed / calls
 
     def sample() -> float:
         nonlocal fastest
@@ -63,7 +64,7 @@ def timed(call: Callable[[], object]) -> Callable[[], float]:
             call()
         known_long = _SAMPLE_SECONDS <= fastest < math.inf
         estimate = fastest if known_long else warm_up()
-        seconds = run(max(1, round(_SAMPLE_SECONDS / estimate)))
+        seconds = run(max(1, round(_SAMPLE_SECONDS / max(estimate, 1e-9))))
         fastest = min(fastest, seconds)
         return seconds
 

@@ -25,12 +25,13 @@ _ABANDONED_SECONDS = 3600.0
 _BLOCK_BYTES = 1 << 22
 
 
-def digest(path: Path) -> str:
-    """Returns the SHA-256 of a file's content as hexadecimal digits."""
+def digest(*paths: Path) -> str:
+    """Returns the SHA-256 of the contents of files, one after another, as hexadecimal digits."""
     state = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            state.update(block)
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                state.update(block)
     return state.hexdigest()
 
 

@@ -7,21 +7,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-# All logits of 4,096 positions would be 800 MB; those of 256 are 50 MB.
-_BLOCK = 256
+# At this many logits the comparison ends: 5,461 positions of 49,152 tokens, 1,024 of 262,144. Computing them
+# takes as long as a prefill where the vocabulary is large and the model small.
+_MOST_LOGITS = 1 << 28
+# Logits in memory at a time: 64 MB.
+_BLOCK_LOGITS = 1 << 24
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Comparison of a candidate with a baseline.
+    """Comparison of a candidate with a baseline over the last positions of the prompt.
 
     Attributes:
-        perplexity_baseline: exp of the mean negative log-likelihood of the prompt's tokens after the first.
+        positions: How many positions were compared; those before them were not.
+        perplexity_baseline: exp of the mean negative log-likelihood of the tokens after the first of them.
         perplexity_candidate: The same for the candidate.
-        logit_difference: Largest absolute difference of any logit at any position of the prompt.
+        logit_difference: Largest absolute difference of any logit at any of the positions.
         logit_difference_last: The same at the last position, which chooses the first new token.
     """
 
+    positions: int
     perplexity_baseline: float
     perplexity_candidate: float
     logit_difference: float
@@ -54,22 +59,26 @@ def compare(
     import torch
     from torch.nn import functional
 
-    ids = prompt[0]
-    length = ids.shape[0]
-    # The last position predicts what follows the prompt; it has no loss.
-    targets = ids[1:]
-    losses = torch.empty(2, length - 1)
-    differences = torch.empty(length)
     with torch.no_grad():
         weight = model.get_output_embeddings().weight.float()
-        for start in range(0, length, _BLOCK):
-            rows = slice(start, min(start + _BLOCK, length))
-            logits = [functional.linear(states[rows].float(), weight) for states in (baseline, candidate)]
+        vocabulary = weight.shape[0]
+        # Perplexity needs two positions.
+        length = min(prompt.shape[1], max(2, _MOST_LOGITS // vocabulary))
+        block = max(1, _BLOCK_LOGITS // vocabulary)
+        states = [each[-length:] for each in (baseline, candidate)]
+        # The last position predicts what follows the prompt; it has no loss.
+        targets = prompt[0, -length:][1:]
+        losses = torch.empty(2, length - 1)
+        differences = torch.empty(length)
+        for start in range(0, length, block):
+            rows = slice(start, min(start + block, length))
+            logits = [functional.linear(each[rows].float(), weight) for each in states]
             differences[rows] = (logits[0] - logits[1]).abs().amax(dim=1)
             wanted = targets[rows]
             for loss, each in zip(losses, logits, strict=True):
                 loss[rows] = functional.cross_entropy(each[: len(wanted)], wanted, reduction="none")
     return Quality(
+        positions=length,
         perplexity_baseline=_perplexity(losses[0]),
         perplexity_candidate=_perplexity(losses[1]),
         logit_difference=float(differences.max().item()),

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from subquad.cli.demo.results import BASELINE, CANDIDATE
@@ -31,6 +32,10 @@ def _unpatched(_model: Any) -> AbstractContextManager[Any]:
 
 
 VARIANTS: Variants = {BASELINE: _unpatched, CANDIDATE: _patched}
+
+
+def _show(stage: Stage, name: str, detail: str) -> None:
+    stage.show(f"{name}: {detail}")
 
 
 def _describe(run: Run, name: str) -> str:
@@ -77,7 +82,13 @@ def measure_rounds(
             break
         for name in names if index % 2 == 0 else reversed(names):
             with variants[name](model) as handle:
-                run = run_once(model, prompt, new_tokens, patched=handle is not None)
+                run = run_once(
+                    model,
+                    prompt,
+                    new_tokens,
+                    patched=handle is not None,
+                    show=partial(_show, stage, name),
+                )
                 if handle is not None:
                     patch_report = handle.report()
             runs[name].append(run)

@@ -2,9 +2,10 @@
 
 import inspect
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from subquad.cli.peak_memory import peak_memory
@@ -53,6 +54,20 @@ def _capture_hidden(model: Any) -> Generator[list["torch.Tensor"]]:
         handle.remove()
 
 
+@contextmanager
+def _show_layers(model: Any, show: Callable[[str], None]) -> Generator[None]:
+    layers = model.base_model.layers
+    numbers = count(1)
+
+    def after(_module: Any, _arguments: Any, _output: Any) -> None:
+        show(f"prefill, layer {next(numbers)} of {len(layers)}")
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.register_forward_hook(after).remove)
+        yield
+
+
 def _cache_argument(model: Any) -> str:
     # Later versions of transformers call it `cache` and warn of the old name.
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
@@ -74,7 +89,18 @@ def _new_cache(model: Any, *, patched: bool) -> Any:
     return DynamicCache(config=model.config)
 
 
-def run_once(model: Any, prompt: "torch.Tensor", new_tokens: int, *, patched: bool = False) -> Run:
+def _show_nothing(_detail: str) -> None:
+    return None
+
+
+def run_once(
+    model: Any,
+    prompt: "torch.Tensor",
+    new_tokens: int,
+    *,
+    patched: bool = False,
+    show: Callable[[str], None] = _show_nothing,
+) -> Run:
     """Prefills the prompt and generates greedily; the end-of-sequence token does not stop it.
 
     Args:
@@ -82,6 +108,7 @@ def run_once(model: Any, prompt: "torch.Tensor", new_tokens: int, *, patched: bo
         prompt: Token ids, `[1, S]`.
         new_tokens: How many tokens to generate, at least 1.
         patched: Whether the model is patched by subquad.
+        show: Told after each layer of the prefill and each later token how far the run has come.
 
     Returns:
         The measurements and the results.
@@ -94,7 +121,7 @@ def run_once(model: Any, prompt: "torch.Tensor", new_tokens: int, *, patched: bo
             "use_cache": True,
             "logits_to_keep": 1,
         }
-        with _capture_hidden(model) as captured:
+        with _capture_hidden(model) as captured, _show_layers(model, show):
             start = time.perf_counter()
             output = model(input_ids=prompt, **options)
             token, margin = _choose(output.logits)
@@ -105,6 +132,7 @@ def run_once(model: Any, prompt: "torch.Tensor", new_tokens: int, *, patched: bo
             token, margin = _choose(output.logits)
             tokens.append(int(token.item()))
             margins.append(margin)
+            show(f"token {len(tokens)} of {new_tokens}")
         end = time.perf_counter()
         hidden = captured[0][0]
         del options, output, captured

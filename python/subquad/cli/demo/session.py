@@ -6,7 +6,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from subquad.cli.demo import quality, text, weights
-from subquad.cli.demo.results import BASELINE, CANDIDATE, DemoResult, DtypeResult, Figures
+from subquad.cli.demo.results import BASELINE, CANDIDATE, Comparison, DemoResult, DtypeResult, Figures
 from subquad.cli.demo.rounds import MAX_ROUNDS, VARIANTS, Variants, measure_rounds
 from subquad.cli.demo.run import Run
 from subquad.cli.errors import CheckError, UserError
@@ -33,9 +33,9 @@ def _agreement(left: Sequence[int], right: Sequence[int]) -> int:
 
 def _require_patched(runs: Mapping[str, Sequence[Run]], patch_report: Any) -> None:
     # Comparing SDPA with itself would pass every check.
-    names = [{run.implementation for run in runs[variant]} for variant in (BASELINE, CANDIDATE)]
-    if names[0] & names[1]:
-        raise CheckError(f"both runs used the attention {', '.join(sorted(names[0] & names[1]))!r}")
+    names = [{run.implementation for run in repeats} for repeats in runs.values()]
+    if len(names) > 1 and (shared := set.intersection(*names)):
+        raise CheckError(f"both runs used the attention {', '.join(sorted(shared))!r}")
     if patch_report.computed == 0:
         raise CheckError("the patched model never called subquad")
 
@@ -46,7 +46,25 @@ def _require_repeatable(runs: Mapping[str, Sequence[Run]], dtype: str) -> None:
             raise CheckError(f"{name} in {dtype} generated different tokens in different rounds")
 
 
-def compare_dtype(
+def _compare(
+    model: Any, prompt: "torch.Tensor", baseline: Sequence[Run], candidate: Sequence[Run]
+) -> Comparison:
+    pairs = list(zip(baseline, candidate, strict=True))
+    decode = [
+        old.decode_seconds / new.decode_seconds
+        for old, new in pairs
+        if old.decode_seconds is not None and new.decode_seconds is not None
+    ]
+    return Comparison(
+        prefill_speedup=median(old.prefill_seconds / new.prefill_seconds for old, new in pairs),
+        decode_speedup=median(decode) if decode else None,
+        equal_tokens=_agreement(baseline[0].tokens, candidate[0].tokens),
+        smallest_margin=min(baseline[0].margins),
+        quality=quality.compare(model, prompt, baseline[0].hidden, candidate[0].hidden),
+    )
+
+
+def measure_dtype(
     model: Any,
     dtype: str,
     prompt: "torch.Tensor",
@@ -56,7 +74,7 @@ def compare_dtype(
     progress: Progress,
     variants: Variants = VARIANTS,
 ) -> DtypeResult:
-    """Measures both variants on a loaded model and compares their results.
+    """Measures the variants on a loaded model and, if the baseline is among them, compares their results.
 
     Args:
         model: The model, loaded in `dtype`, unpatched.
@@ -65,10 +83,10 @@ def compare_dtype(
         new_tokens: Tokens to generate.
         time_budget: Seconds for measuring.
         progress: Where to show progress.
-        variants: What to enter around the runs of `BASELINE` and of `CANDIDATE`.
+        variants: What to enter around the runs of `CANDIDATE` and, unless it is left out, of `BASELINE`.
 
     Returns:
-        The comparison.
+        The figures and the comparison.
 
     Raises:
         CheckError: The patch did not take effect, or a variant's tokens changed from round to round.
@@ -79,26 +97,16 @@ def compare_dtype(
         )
     _require_patched(runs, patch_report)
     _require_repeatable(runs, dtype)
-    baseline, candidate = runs[BASELINE], runs[CANDIDATE]
-    with progress.stage(f"{dtype}: comparing logits"):
-        compared = quality.compare(model, prompt, baseline[0].hidden, candidate[0].hidden)
-    decode = [
-        old.decode_seconds / new.decode_seconds
-        for old, new in zip(baseline, candidate, strict=True)
-        if old.decode_seconds is not None and new.decode_seconds is not None
-    ]
+    baseline, candidate, comparison = runs.get(BASELINE), runs[CANDIDATE], None
+    if baseline is not None:
+        with progress.stage(f"{dtype}: comparing logits"):
+            comparison = _compare(model, prompt, baseline, candidate)
     return DtypeResult(
         dtype=dtype,
-        rounds=len(baseline),
-        baseline=_figures(baseline),
+        rounds=len(candidate),
+        baseline=None if baseline is None else _figures(baseline),
         candidate=_figures(candidate),
-        prefill_speedup=median(
-            old.prefill_seconds / new.prefill_seconds for old, new in zip(baseline, candidate, strict=True)
-        ),
-        decode_speedup=median(decode) if decode else None,
-        equal_tokens=_agreement(baseline[0].tokens, candidate[0].tokens),
-        smallest_margin=min(baseline[0].margins),
-        quality=compared,
+        comparison=comparison,
         patch_report=str(patch_report),
     )
 
@@ -114,13 +122,14 @@ def _set_threads(threads: int | None) -> int:
     return count
 
 
-def _check_length(model: Any, total: int) -> None:
+def _check_length(name: str, model: Any, total: int) -> None:
     limit = model.config.max_position_embeddings
     if total > limit:
-        raise UserError(f"--tokens plus --new-tokens: the model takes {limit} positions, got {total}")
+        raise UserError(f"--tokens plus --new-tokens: {name} takes {limit} positions, got {total}")
 
 
 def run(
+    source: weights.Weights,
     *,
     dtypes: Sequence[str],
     prompt_tokens: int,
@@ -129,15 +138,16 @@ def run(
     time_budget: float,
     variants: Variants = VARIANTS,
 ) -> DemoResult:
-    """Runs the demo with progress on standard error.
+    """Runs one model's part of the demo with progress on standard error.
 
     Args:
+        source: The model.
         dtypes: Precisions, in order.
         prompt_tokens: Length of the prompt, at least 2.
         new_tokens: Tokens to generate.
         threads: Threads of torch and subquad; `None` for subquad's default.
         time_budget: Seconds for measuring, shared by the precisions.
-        variants: What to enter around the runs of `BASELINE` and of `CANDIDATE`.
+        variants: As in `measure_dtype`.
 
     Returns:
         The results.
@@ -149,7 +159,6 @@ def run(
     if prompt_tokens < 2:
         raise UserError(f"--tokens: perplexity needs at least 2 tokens, got {prompt_tokens}")
     begin = time.perf_counter()
-    source = weights.locate()
     weights.prepare_environment()
     with open_progress() as progress:
         with progress.stage("loading torch and transformers"):
@@ -158,10 +167,8 @@ def run(
 
             count = _set_threads(threads)
         known = weights.is_converted(source)
-        label = (
-            "checking the converted model" if known else "converting the model (once; about half a minute)"
-        )
-        with progress.stage(label):
+        label = "checking the converted model" if known else "converting the model (once; up to a minute)"
+        with progress.stage(f"{source.model.name}: {label}"):
             directory = weights.prepare(source)
         with progress.stage("reading the text"):
             prompt = torch.tensor([text.prompt_ids(weights.load_tokenizer(directory), prompt_tokens)])
@@ -169,10 +176,10 @@ def run(
         for left, dtype in zip(range(len(dtypes), 0, -1), dtypes, strict=True):
             with progress.stage(f"{dtype}: loading the model"):
                 model = weights.load_model(directory, dtype)
-            _check_length(model, prompt_tokens + new_tokens)
+            _check_length(source.model.name, model, prompt_tokens + new_tokens)
             start = time.perf_counter()
             results.append(
-                compare_dtype(
+                measure_dtype(
                     model,
                     dtype,
                     prompt,
@@ -184,4 +191,11 @@ def run(
             )
             measured += time.perf_counter() - start
             del model
-    return DemoResult(prompt_tokens, new_tokens, count, time.perf_counter() - begin, tuple(results))
+    return DemoResult(
+        model=source.model.name,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        threads=count,
+        seconds=time.perf_counter() - begin,
+        dtypes=tuple(results),
+    )

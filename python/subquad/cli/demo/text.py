@@ -29,6 +29,8 @@ def language_reference() -> str:
 def prompt_ids(tokenizer: Any, count: int, text: str | None = None) -> list[int]:
     """Returns exactly `count` token ids from the beginning of the text.
 
+    A token that the model expects in front of every text is the first of them.
+
     Args:
         tokenizer: A transformers tokenizer.
         count: How many.
@@ -38,9 +40,7 @@ def prompt_ids(tokenizer: Any, count: int, text: str | None = None) -> list[int]
         UserError: The text is too short.
     """
     text = language_reference() if text is None else text
-    ids: list[int] = tokenizer(
-        text[: count * _CHARACTERS_PER_TOKEN], add_special_tokens=False, verbose=False
-    )["input_ids"]
+    ids: list[int] = tokenizer(text[: count * _CHARACTERS_PER_TOKEN], verbose=False)["input_ids"]
     if len(ids) < count:
         raise UserError(f"--tokens: the text gives {len(ids)} tokens, {count} were asked for")
     return ids[:count]

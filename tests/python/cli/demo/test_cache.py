@@ -1,5 +1,6 @@
 """The cache of built directories."""
 
+import hashlib
 import json
 import os
 import threading
@@ -44,6 +45,16 @@ def test_built_once(root):
     assert manifest["facts"] == FACTS
     assert set(manifest["files"]) == {"weights", "sub/config.json"}
     assert entry.stat().st_mode & 0o777 == 0o755
+
+
+def test_digest_of_several_files_is_that_of_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_BLOCK_BYTES", 4)
+    whole, first, second = (tmp_path / name for name in ("whole", "first", "second"))
+    whole.write_bytes(b"123456789")
+    first.write_bytes(b"12345")
+    second.write_bytes(b"6789")
+    assert cache.digest(first, second) == cache.digest(whole) == hashlib.sha256(b"123456789").hexdigest()
+    assert cache.digest(second, first) != cache.digest(whole)
 
 
 def test_the_place_depends_on_every_fact(root):

@@ -19,7 +19,7 @@ def timed_runs(monkeypatch, clock):
 
     patched_runs: list[bool] = []
 
-    def run_once(_model, prompt, new_tokens, *, patched):
+    def run_once(_model, prompt, new_tokens, *, patched, show=None):
         patched_runs.append(patched)
         lengths.append((prompt.shape[1], new_tokens))
         clock.sleep(seconds["warm" if len(lengths) <= 2 else "measured"])
@@ -48,6 +48,9 @@ def test_real_runs(model, prompt, fake, recorder):
     assert recorder.details[:2] == ["sdpa: warm", "subquad: warm"]
     assert recorder.details[2].startswith("sdpa: prefill 0.")
     assert recorder.details[2].endswith(" ms/token")
+    one_run = ["prefill, layer 1 of 2", "prefill, layer 2 of 2", *(f"token {i} of 4" for i in (2, 3, 4))]
+    assert recorder.shown[:10] == [f"{name}: {each}" for name in (BASELINE, CANDIDATE) for each in one_run]
+    assert len(recorder.shown) == 30
 
 
 def test_the_order_turns_from_round_to_round(model, prompt, fake, recorder, timed_runs):

@@ -53,13 +53,13 @@ def test_repeats_are_equal_and_leave_no_hook(model, prompt):
     first, second = run_once(model, prompt, 4), run_once(model, prompt, 4)
     assert first.tokens == second.tokens
     assert torch.equal(first.hidden, second.hidden)
-    assert not model.base_model._forward_hooks
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_no_hook_is_left_after_a_failure(model):
     with pytest.raises(IndexError):
         run_once(model, torch.tensor([[1_000_000]]), 1)
-    assert not model.base_model._forward_hooks
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_memory(model, prompt):

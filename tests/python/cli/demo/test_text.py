@@ -12,10 +12,12 @@ from subquad.cli.errors import UserError
 class Words:
     """A tokenizer whose tokens are words, numbered by their length."""
 
-    def __call__(self, string: str, *, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
-        assert not add_special_tokens
+    def __init__(self, *start: int) -> None:
+        self.start = start
+
+    def __call__(self, string: str, *, verbose: bool) -> dict[str, list[int]]:
         assert not verbose
-        return {"input_ids": [len(word) for word in string.split()]}
+        return {"input_ids": [*self.start, *(len(word) for word in string.split())]}
 
 
 def test_the_text_is_long_and_the_same_each_time():
@@ -44,8 +46,12 @@ def test_topics_are_in_alphabetical_order(monkeypatch):
 
 def test_prompt():
     assert text.prompt_ids(Words(), 3, "a bb ccc dddd eeeee") == [1, 2, 3]
-    assert len(text.prompt_ids(Words(), 4096)) == 4096
+    assert len(text.prompt_ids(Words(), 32000)) == 32000
     assert text.prompt_ids(Words(), 10) == text.prompt_ids(Words(), 4096)[:10]
+
+
+def test_what_a_model_expects_in_front_counts():
+    assert text.prompt_ids(Words(99), 3, "a bb ccc dddd eeeee") == [99, 1, 2]
 
 
 def test_a_text_that_is_too_short():
