@@ -120,7 +120,8 @@ fn intervals(parts: &Bound<'_, PyTuple>, extents: Extents, heads: usize) -> PyRe
     let intervals: Vec<(usize, usize)> = bounds.chunks_exact(2).map(|bounds| (bounds[0], bounds[1])).collect();
     let ordered = indptr[0] == 0 && indptr[rows] == shape[0] && indptr.windows(2).all(|at| at[0] <= at[1]);
     let row_is_right = |row: &[(usize, usize)]| {
-        row.iter().all(|&(start, end)| start < end && end <= extents.seqlen_k) && row.windows(2).all(|pair| pair[0].1 <= pair[1].0)
+        row.iter().all(|&(start, end)| start < end && end <= extents.seqlen_k)
+            && row.windows(2).all(|pair| pair[0].1 <= pair[1].0)
     };
     if !ordered || !indptr.windows(2).all(|at| row_is_right(&intervals[at[0]..at[1]])) {
         return Err(wrong(MASK, "ascending, disjoint intervals of keys".into(), "others".into()));

@@ -75,12 +75,7 @@ enum Align {
 }
 
 /// The elements of an array of floating-point numbers, in order, and its shape.
-fn numbers(
-    arg: &'static str,
-    object: &Bound<'_, PyAny>,
-    like: &Array<'_>,
-    dtypes: &[DType],
-) -> PyResult<(Vec<f64>, Vec<usize>)> {
+fn numbers(arg: &'static str, object: &Bound<'_, PyAny>, like: &Array<'_>, dtypes: &[DType]) -> PyResult<(Vec<f64>, Vec<usize>)> {
     fn copy<T: Element>(array: &Array<'_>) -> Result<Vec<f64>, Error> {
         let data = array.memory.slice::<T>(array.arg)?;
         let (shape, strides) = (&array.memory.shape, &array.memory.strides);
@@ -272,13 +267,7 @@ impl Options {
     ///
     /// # Errors
     /// Those of each argument.
-    pub fn read(
-        like: &Array<'_>,
-        shape: &AttnShape,
-        causal: bool,
-        windows: WindowSize,
-        given: &Given<'_, '_>,
-    ) -> PyResult<Self> {
+    pub fn read(like: &Array<'_>, shape: &AttnShape, causal: bool, windows: WindowSize, given: &Given<'_, '_>) -> PyResult<Self> {
         let rows = [shape.batch, shape.num_heads, shape.seqlen_q];
         let offset = shape.seqlen_k as isize - shape.seqlen_q as isize;
         let mut options = Self::plain(shape, None, Window::ALL, offset);

@@ -99,7 +99,8 @@ fn pages(table: Option<&Bound<'_, PyAny>>, view: &View<'_>, k_starts: &[usize]) 
     for (sequence, pair) in k_starts.windows(2).enumerate() {
         let length = pair[1] - pair[0];
         if length.div_ceil(page_size) > pages.per_sequence {
-            let expected = format!("at least {} pages for the {length} tokens of sequence {sequence}", length.div_ceil(page_size));
+            let expected =
+                format!("at least {} pages for the {length} tokens of sequence {sequence}", length.div_ceil(page_size));
             return Err(Error::Value { arg: "block_table", expected, got: pages.per_sequence.to_string() }.into());
         }
         pages.check(sequence, length, count)?;
@@ -175,14 +176,15 @@ pub fn attention_varlen<'py>(
         .collect();
     let longest = segments.iter().map(|segment| segment.k_end).max().unwrap_or(0);
     let logical = |view: &View<'_>| [1, longest, view.shape[2], view.shape[3]];
-    let shape = AttnShape::new(["q", "k", "v"], q_view.shape, logical(&k_view), logical(&v_view)).map_err(|error| match error {
-        // As the arrays are, not as the kernel sees them.
-        Error::Shape { arg, expected, .. } => {
-            let array = if arg == "v" { &v } else { &k };
-            Error::Shape { arg, expected, got: shape_text(array.shape()) }
-        }
-        other => other,
-    })?;
+    let shape =
+        AttnShape::new(["q", "k", "v"], q_view.shape, logical(&k_view), logical(&v_view)).map_err(|error| match error {
+            // As the arrays are, not as the kernel sees them.
+            Error::Shape { arg, expected, .. } => {
+                let array = if arg == "v" { &v } else { &k };
+                Error::Shape { arg, expected, got: shape_text(array.shape()) }
+            }
+            other => other,
+        })?;
     let windows = WindowSize::read(window_size, num_heads, Negative::Unbounded)?;
     let given = Given { softcap: softcap.filter(|&cap| cap != 0.0), alibi_slopes, sinks, ..Given::default() };
     let per_sequence = AttnShape { batch: segments.len(), ..shape };

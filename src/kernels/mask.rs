@@ -85,6 +85,17 @@ impl Mask<'_> {
         self.ranges.is_none() && matches!(self.windows, Windows::One(_))
     }
 
+    /// Keys from the first to the last that a query may see by its window, if all heads share one that is bounded, and nothing else
+    /// decides.
+    pub fn width(&self) -> Option<usize> {
+        match (self.windows, self.ranges) {
+            (Windows::One(window), None) if window.left < Window::UNBOUNDED && window.right < Window::UNBOUNDED => {
+                Some((window.left + window.right + 1).max(0) as usize)
+            }
+            _ => None,
+        }
+    }
+
     #[inline(always)]
     fn band(&self, segment: &Segment, head: usize, token: usize) -> Range<usize> {
         let position = segment.offset + token as isize;
@@ -141,14 +152,22 @@ mod tests {
     use super::*;
 
     fn segment(q_len: usize, keys: Range<usize>, offset: isize) -> Segment {
-        Segment { sequence: 0, q_batch: 0, q_first: 0, q_len, k_batch: 0, k_first: 0, k_start: keys.start, k_end: keys.end, offset }
+        Segment {
+            sequence: 0,
+            q_batch: 0,
+            q_first: 0,
+            q_len,
+            k_batch: 0,
+            k_first: 0,
+            k_start: keys.start,
+            k_end: keys.end,
+            offset,
+        }
     }
 
     #[test]
     fn alignments() {
-        let hulls = |mask: Mask<'_>, q, k, offset| {
-            (0..q).map(|i| mask.hull(&segment(q, 0..k, offset), 0, i)).collect::<Vec<_>>()
-        };
+        let hulls = |mask: Mask<'_>, q, k, offset| (0..q).map(|i| mask.hull(&segment(q, 0..k, offset), 0, i)).collect::<Vec<_>>();
         assert_eq!(hulls(Mask::CAUSAL, 2, 4, 0), [0..1, 0..2]);
         assert_eq!(hulls(Mask::CAUSAL, 2, 4, 2), [0..3, 0..4]);
         assert_eq!(hulls(Mask::CAUSAL, 4, 2, -2), [0..0, 0..0, 0..1, 0..2]);

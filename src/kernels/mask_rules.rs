@@ -116,7 +116,12 @@ impl Rule {
             }
             Self::Padding(padding) if band.1.is_none() => band.1 = Some(padding),
             Self::And(rules) => rules.iter().try_for_each(|rule| rule.narrow(band))?,
-            Self::Padding(_) | Self::Chunked(_) | Self::BlockCausal(_) | Self::Prefix(_) | Self::Document { .. } | Self::Or(_) => {
+            Self::Padding(_)
+            | Self::Chunked(_)
+            | Self::BlockCausal(_)
+            | Self::Prefix(_)
+            | Self::Document { .. }
+            | Self::Or(_) => {
                 return None;
             }
         }
@@ -137,11 +142,8 @@ impl Rule {
     /// The keys that each query sees.
     pub fn ranges(&self, extents: Extents) -> RowRanges {
         let batches = if self.rows() == 1 { extents.batch.min(1) } else { extents.batch };
-        let mut found = RowRanges {
-            indptr: vec![0],
-            intervals: Vec::new(),
-            strides: [if batches > 1 { extents.seqlen_q } else { 0 }, 0, 1],
-        };
+        let mut found =
+            RowRanges { indptr: vec![0], intervals: Vec::new(), strides: [if batches > 1 { extents.seqlen_q } else { 0 }, 0, 1] };
         for batch in 0..batches {
             let prepared = Prepared::new(self, batch);
             for token in 0..extents.seqlen_q {

@@ -10,41 +10,80 @@ use crate::dtype::Float;
 use crate::simd::{Isa, SimdElement, Vector};
 use std::ops::Range;
 
-/// Multiplies by `scale`.
+/// Maxima that do not wait for each other.
+const CHAINS: usize = 4;
+
+/// Applies `pass` to every row of `keys`, with its number, and returns the maximum of the results.
 #[inline(always)]
-pub fn scale<T: SimdElement, I: Isa>(column: &mut Column<'_, T::Acc>, keys: Range<usize>, scale: T::V<I>) {
-    for j in keys {
-        let row = &mut column.rows[j * column.stride..];
-        T::V::<I>::load(row).mul(scale).store(row);
+fn for_each_row<T: SimdElement, I: Isa>(
+    column: &mut Column<'_, T::Acc>,
+    keys: Range<usize>,
+    pass: impl Fn(T::V<I>, usize) -> T::V<I>,
+) -> T::V<I> {
+    let mut peaks = [T::V::<I>::splat(T::Acc::NEG_INFINITY); CHAINS];
+    let mut j = keys.start;
+    while j < keys.end {
+        for (i, peak) in peaks.iter_mut().enumerate() {
+            if j + i < keys.end {
+                let row = &mut column.rows[(j + i) * column.stride..];
+                let s = pass(T::V::<I>::load(row), j + i);
+                s.store(row);
+                *peak = peak.max(s);
+            }
+        }
+        j += CHAINS;
     }
+    peaks[0].max(peaks[1]).max(peaks[2].max(peaks[3]))
 }
 
-/// `unit * cap * tanh(s * scale / cap)`, where `scale_of_cap` is `scale / cap` and `height` is `unit * cap`.
+/// Multiplies by `scale`; returns the maximum.
+#[inline(always)]
+pub fn scale<T: SimdElement, I: Isa>(column: &mut Column<'_, T::Acc>, keys: Range<usize>, scale: T::V<I>) -> T::V<I> {
+    for_each_row::<T, I>(column, keys, |s, _| s.mul(scale))
+}
+
+/// `unit * cap * tanh(s * scale / cap)`, where `scale_of_cap` is `scale / cap` and `height` is `unit * cap`; returns the maximum.
 #[inline(always)]
 pub fn softcap<T: SimdElement, I: Isa>(
     column: &mut Column<'_, T::Acc>,
     keys: Range<usize>,
     scale_of_cap: T::V<I>,
     height: T::Acc,
-) {
+) -> T::V<I> {
     let height = T::V::<I>::splat(height);
-    for j in keys {
-        let row = &mut column.rows[j * column.stride..];
-        tanh::<T, I>(T::V::<I>::load(row).mul(scale_of_cap)).mul(height).store(row);
-    }
+    for_each_row::<T, I>(column, keys, |s, _| tanh::<T, I>(s.mul(scale_of_cap)).mul(height))
 }
 
-/// Adds `-slope * |position - j|`, where `position` counts as the keys do.
+/// A linear bias: `-slope * |position - j|` for key `j`, where `position` counts as the keys do.
+pub struct Alibi<V> {
+    /// Fall of the scores with the distance.
+    pub slope: V,
+    /// The queries' places among the keys.
+    pub position: V,
+    /// Whether no key is behind a query.
+    pub ahead: bool,
+}
+
+/// Multiplies by `scale` and adds a linear bias; returns the maximum.
 #[inline(always)]
-pub fn alibi<T: SimdElement, I: Isa>(column: &mut Column<'_, T::Acc>, keys: Range<usize>, slope: T::V<I>, position: T::V<I>) {
+pub fn alibi<T: SimdElement, I: Isa>(
+    column: &mut Column<'_, T::Acc>,
+    keys: Range<usize>,
+    scale: T::V<I>,
+    alibi: &Alibi<T::V<I>>,
+) -> T::V<I> {
     let zero = T::V::<I>::splat(T::Acc::ZERO);
-    for j in keys {
-        let row = &mut column.rows[j * column.stride..];
-        let ahead = T::V::<I>::splat(T::Acc::from_f64(j as f64)).sub(position);
+    let key = |j: usize| T::V::<I>::splat(T::Acc::from_f64(j as f64));
+    if alibi.ahead {
+        let start = zero.sub(alibi.slope.mul(alibi.position));
+        return for_each_row::<T, I>(column, keys, |s, j| s.mul_add(scale, key(j).mul_add(alibi.slope, start)));
+    }
+    for_each_row::<T, I>(column, keys, |s, j| {
+        let ahead = key(j).sub(alibi.position);
         // Minus the absolute value.
         let distance = zero.sub(ahead.max(zero.sub(ahead)));
-        distance.mul_add(slope, T::V::<I>::load(row)).store(row);
-    }
+        s.mul_add(scale, distance.mul(alibi.slope))
+    })
 }
 
 /// Adds the bias of `count` keys from row `first` on, in units of `unit`; what it hides becomes `-inf`.
@@ -93,10 +132,7 @@ pub fn hide_outside<T: SimdElement, I: Isa>(
 /// The maximum over `keys`.
 #[inline(always)]
 pub fn peak<T: SimdElement, I: Isa>(column: &Column<'_, T::Acc>, keys: Range<usize>) -> T::V<I> {
-    /// Maxima that do not wait for each other.
-    const CHAINS: usize = 4;
-    let lowest = T::V::<I>::splat(T::Acc::NEG_INFINITY);
-    let mut peaks = [lowest; CHAINS];
+    let mut peaks = [T::V::<I>::splat(T::Acc::NEG_INFINITY); CHAINS];
     let whole = keys.end - keys.len() % CHAINS;
     for j in (keys.start..whole).step_by(CHAINS) {
         for (i, peak) in peaks.iter_mut().enumerate() {

@@ -20,7 +20,10 @@ fn all_seen(s: AttnShape) -> [Seen; 5] {
         Seen::causal_top_left(),
         Seen::causal_bottom_right(s.seqlen_q, s.seqlen_k),
         Seen::window(offset, 20, 0),
-        Seen { windows: vec![Window { left: 3, right: 70 }, Window { left: Window::UNBOUNDED, right: -2 }], ..Seen::window(offset, 0, 0) },
+        Seen {
+            windows: vec![Window { left: 3, right: 70 }, Window { left: Window::UNBOUNDED, right: -2 }],
+            ..Seen::window(offset, 0, 0)
+        },
     ]
 }
 

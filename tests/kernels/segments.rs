@@ -75,7 +75,10 @@ impl Packed {
         for level in Level::available() {
             let fast = |threads| self.run(|a, o| exact::forward(a, o, level, threads, Blocking::default()));
             let (fast_out, fast_lse) = fast(1);
-            assert_eq!(fast(3).0.iter().map(|x| x.to_bits()).collect::<Vec<_>>(), fast_out.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
+            assert_eq!(
+                fast(3).0.iter().map(|x| x.to_bits()).collect::<Vec<_>>(),
+                fast_out.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+            );
             let covered = |row: usize| self.segments.iter().any(|s| (s.q_first..s.q_first + s.q_len).contains(&row));
             for (i, (x, y)) in fast_out.iter().zip(&out).enumerate() {
                 let expected = if covered(i / (HEADS * WIDTH)) { *y } else { 0.0 };

@@ -227,7 +227,8 @@ pub fn forward<T: SimdElement>(args: &ExactArgs<'_, T>, out: &ExactOut<'_, T>, l
 }
 
 fn fill_uncovered<T: Element>(args: &ExactArgs<'_, T>, segments: &[Segment], out: &ExactOut<'_, T>) {
-    let nowhere = Segment { sequence: 0, q_batch: 0, q_first: 0, q_len: 1, k_batch: 0, k_first: 0, k_start: 0, k_end: 0, offset: 0 };
+    let nowhere =
+        Segment { sequence: 0, q_batch: 0, q_first: 0, q_len: 1, k_batch: 0, k_first: 0, k_start: 0, k_end: 0, offset: 0 };
     let AttnShape { batch, seqlen_q, num_heads, .. } = args.shape;
     let mut covered = vec![false; batch * seqlen_q];
     for segment in segments {

@@ -74,7 +74,8 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
             *row = self.args.q.row(batch, token, head);
         }
         // The next panel's rows are on their way while this one is at work.
-        for row in self.first_row + self.rows..(self.first_row + 2 * self.rows).min(self.segment.q_len * self.args.shape.group()) {
+        for row in self.first_row + self.rows..(self.first_row + 2 * self.rows).min(self.segment.q_len * self.args.shape.group())
+        {
             let [batch, head, token] = self.args.query(self.segment, self.kv_head, row).at();
             prefetch(self.args.q.row(batch, token, head));
         }
@@ -109,6 +110,8 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
         let exponential = self.args.mods.normalizer.is_exponential();
         // With a factor that is not positive, the largest score is not the largest product, and a product of -inf hides no key.
         let plain = !self.args.modifies_scores() && scale > T::Acc::ZERO;
+        let uniform = self.args.mods.scale.is_uniform() && scale > T::Acc::ZERO;
+        let hides_by_value = !uniform || !self.args.biases.iter().all(Bias::is_none);
         let mut masked = false;
         for v in 0..cut.vectors {
             let at = v * lanes;
@@ -117,14 +120,17 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
                 splat(T::Acc::from_f64(1.0)).store(&mut alphas[at..]);
                 continue;
             }
-            let cut_here = !plain || cut.hides(v, K::KEY_STEP);
+            let cut_here = cut.hides(v, K::KEY_STEP) || hides_by_value;
             masked |= cut_here;
             let mut column = Column { rows: &mut scores[at..], stride: K::PANEL };
-            if plain && cut_here {
+            let peak = if !plain {
+                self.modify((cut, first_key), v, &mut column)
+            } else if cut_here {
                 self.hide((cut, first_key), v, &mut column);
-            } else if !plain {
-                self.modify((cut, first_key), v, &mut column);
-            }
+                score_pass::peak::<T, I>(&column, keys.clone())
+            } else {
+                T::V::<I>::load(&peaks[at..])
+            };
             if !exponential {
                 splat(T::Acc::from_f64(1.0)).store(&mut alphas[at..]);
                 let sum = probabilities::<T, I, Ready>(&mut column, keys, splat(scale), splat(scale));
@@ -132,7 +138,6 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
                 continue;
             }
             let scale = splat(if plain { scale } else { T::Acc::from_f64(1.0) });
-            let peak = if cut_here { score_pass::peak::<T, I>(&column, keys.clone()) } else { T::V::<I>::load(&peaks[at..]) };
             let step = step::<T, I>(T::V::<I>::load(&self.m[at..]), peak.mul(scale));
             step.m.store(&mut self.m[at..]);
             step.alpha.store(&mut alphas[at..]);
@@ -180,14 +185,15 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
         let mask = &self.args.mask;
         let keys = cut.weighed(v, K::DEPTH);
         if mask.ranges.is_none() {
-            let hull = |lane: usize| {
+            let (mut starts, mut ends) = ([T::Acc::ZERO; MAX_LANES], [T::Acc::ZERO; MAX_LANES]);
+            for lane in 0..lanes {
                 let query = self.query(v * lanes + lane);
-                mask.hull(self.segment, query.head, query.token)
-            };
-            let limit = |key: usize| key as f64 - first_key as f64;
-            let starts = score_pass::lanes::<T, I>(|lane| limit(hull(lane).start));
-            let ends = score_pass::lanes::<T, I>(|lane| limit(hull(lane).end));
-            score_pass::hide_outside::<T, I>(column, keys, cut.full(v), (starts, ends));
+                let hull = mask.hull(self.segment, query.head, query.token);
+                let limit = |key: usize| T::Acc::from_f64((key as isize - first_key as isize) as f64);
+                (starts[lane], ends[lane]) = (limit(hull.start), limit(hull.end));
+            }
+            let limits = (T::V::<I>::load(&starts), T::V::<I>::load(&ends));
+            score_pass::hide_outside::<T, I>(column, keys, cut.full(v), limits);
             return;
         }
         for lane in 0..lanes {
@@ -203,9 +209,10 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
         }
     }
 
-    /// Turns the raw scores of vector `v` into scaled, modified, masked ones, in base 2 if they are exponents, else into weights.
+    /// Turns the raw scores of vector `v` into scaled, modified, masked ones, in base 2 if they are exponents, else into weights;
+    /// returns their maximum.
     #[inline(always)]
-    fn modify(&self, (cut, first_key): (&Cut, usize), v: usize, column: &mut Column<'_, T::Acc>) {
+    fn modify(&self, (cut, first_key): (&Cut, usize), v: usize, column: &mut Column<'_, T::Acc>) -> T::V<I> {
         let lanes = T::V::<I>::LANES;
         let from = T::Acc::from_f64;
         let args = self.args;
@@ -218,15 +225,29 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
         } else {
             score_pass::lanes::<T, I>(|lane| args.scale(&query(lane)) * factor)
         };
-        match args.mods.softcap {
-            Some(cap) => score_pass::softcap::<T, I>(column, keys.clone(), scale, from(unit * cap)),
-            None => score_pass::scale::<T, I>(column, keys.clone(), scale),
+        let one = T::V::<I>::splat(from(1.0));
+        let mut peak = one;
+        let mut scaled = false;
+        if let Some(cap) = args.mods.softcap {
+            peak = score_pass::softcap::<T, I>(column, keys.clone(), scale, from(unit * cap));
+            scaled = true;
         }
         if args.mods.alibi_slopes.is_some() {
-            let slopes = score_pass::lanes::<T, I>(|lane| args.alibi_slope(&query(lane)) * unit);
-            let distance = |lane: usize| self.segment.offset + query(lane).token as isize - first_key as isize;
-            let positions = score_pass::lanes::<T, I>(|lane| distance(lane) as f64);
-            score_pass::alibi::<T, I>(column, keys.clone(), slopes, positions);
+            let position = |lane: usize| self.segment.offset + query(lane).token as isize - first_key as isize;
+            let alibi = score_pass::Alibi {
+                slope: score_pass::lanes::<T, I>(|lane| args.alibi_slope(&query(lane)) * unit),
+                position: score_pass::lanes::<T, I>(|lane| position(lane) as f64),
+                ahead: keys.end as isize <= position(0) + 1,
+            };
+            peak = score_pass::alibi::<T, I>(column, keys.clone(), if scaled { one } else { scale }, &alibi);
+            scaled = true;
+        }
+        if !scaled {
+            peak = score_pass::scale::<T, I>(column, keys.clone(), scale);
+        }
+        let hides = cut.hides(v, K::KEY_STEP);
+        if !hides && args.biases.iter().all(Bias::is_none) && args.mods.normalizer == Normalizer::Softmax {
+            return peak;
         }
         for bias in args.biases.iter().filter(|bias| !bias.is_none()) {
             for j in keys.clone().step_by(lanes) {
@@ -235,12 +256,13 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
                 score_pass::add_bias::<T, I>(column, (j, count), &block, from(unit));
             }
         }
-        if cut.hides(v, K::KEY_STEP) {
+        if hides {
             self.hide((cut, first_key), v, column);
         }
         if args.mods.normalizer != Normalizer::Softmax {
-            score_pass::map::<T, I>(column, keys, |score| args.mods.normalizer.weight(score));
+            score_pass::map::<T, I>(column, keys.clone(), |score| args.mods.normalizer.weight(score));
         }
+        score_pass::peak::<T, I>(column, keys)
     }
 
     /// Bias of `count` keys, key by key, for the queries of vector `v`.

@@ -49,6 +49,8 @@ pub struct Plan {
     pub block_k: usize,
     /// The buffers of a task.
     pub buffers: Buffers,
+    /// Panels of a task that are at work at the same time, at most: so many have a place in the scratch, and take turns.
+    pub slots: usize,
     /// The tasks, in the order in which they are handed out.
     pub tasks: Vec<RowTask>,
 }
@@ -107,13 +109,21 @@ impl Plan {
             .next_multiple_of(K::KEY_STEP.max(K::DEPTH));
         let buffers = Buffers::new::<T, K>(shape.head_dim, shape.head_dim_v, block_k);
         let fitting = (SCRATCH_BYTES / size_of::<T::Acc>()).saturating_sub(buffers.total(0)) / buffers.per_panel();
-        let most = blocking.block_q.map_or(fitting.max(1) * K::PANEL, |block_q| block_q.next_multiple_of(K::PANEL));
+        // Panels under a window are done before later ones begin: a task of any length has room for those in between.
+        let window = args.mask.width().map_or(usize::MAX, |width| {
+            let tokens = width.saturating_add(block_k + K::PANEL);
+            tokens.saturating_mul(shape.group()).div_ceil(K::PANEL) + 2
+        });
+        let all = if window <= fitting { usize::MAX / 2 } else { fitting.max(1) * K::PANEL };
+        let most = blocking.block_q.map_or(all, |block_q| block_q.next_multiple_of(K::PANEL));
+        let slots = if window <= fitting { window } else { usize::MAX };
 
         let rows_of = |segment: usize| args.segment(segment).q_len * shape.group();
         let mut order: Vec<usize> = (0..args.segment_count()).filter(|&segment| rows_of(segment) > 0).collect();
         if let Segments::List(list) = args.segments {
             // What is short comes last, so that little is left when threads finish.
-            order.sort_by_key(|&segment| Reverse(list[segment].q_len.saturating_mul(list[segment].k_end - list[segment].k_start)));
+            order
+                .sort_by_key(|&segment| Reverse(list[segment].q_len.saturating_mul(list[segment].k_end - list[segment].k_start)));
         }
         let heads = order.len() * shape.num_kv_heads;
         let fine_heads = if threads > 1 { threads.min(heads) } else { 0 };
@@ -131,6 +141,6 @@ impl Plan {
                 tasks.push(RowTask { segment, kv_head, first_row, rows: block_q.min(rows - first_row) });
             }
         }
-        Self { block_k, buffers, tasks }
+        Self { block_k, buffers, slots, tasks }
     }
 }

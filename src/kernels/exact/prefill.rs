@@ -85,7 +85,8 @@ impl<T: SimdElement> Prefill<'_, T> {
         let rows = task.first_row..task.first_row + task.rows;
         let panels = task.rows.div_ceil(K::PANEL);
         let seen = args.hull(&segment, task.kv_head, rows.clone());
-        let total = buffers.total(panels);
+        let slots = self.plan.slots.min(panels);
+        let total = buffers.total(slots);
         let mut scratch = Scratch::take::<T::Acc>(total);
         let (packed_keys, scratch) = scratch.as_mut_slice()[..total].split_at_mut(buffers.keys);
         let (packed_values, scratch) = scratch.split_at_mut(buffers.values);
@@ -102,9 +103,8 @@ impl<T: SimdElement> Prefill<'_, T> {
             keys.prefetch(part, panels);
             values.prefetch(part, panels);
         }
-        let hulls: Vec<Range<usize>> = (0..panels)
-            .map(|p| args.hull(&segment, task.kv_head, self.panel_rows::<K>(&task, p)))
-            .collect();
+        let hulls: Vec<Range<usize>> =
+            (0..panels).map(|p| args.hull(&segment, task.kv_head, self.panel_rows::<K>(&task, p))).collect();
         while !next.is_empty() {
             K::pack_keys(&keys, shape.head_dim, packed_keys);
             let finite = K::pack_values(&values, shape.head_dim_v, packed_values);
@@ -118,7 +118,7 @@ impl<T: SimdElement> Prefill<'_, T> {
                 keys.prefetch(part, at_work);
                 values.prefetch(part, at_work);
                 part += 1;
-                let state = &mut state[p * buffers.per_panel()..][..buffers.per_panel()];
+                let state = &mut state[p % slots * buffers.per_panel()..][..buffers.per_panel()];
                 let mut panel = self.panel::<I, K>(state, (&segment, &task), p);
                 // A panel is set up when it is first needed and written when it is done: between, it stays in the cache.
                 if block.start <= hull.start {
@@ -134,8 +134,7 @@ impl<T: SimdElement> Prefill<'_, T> {
             }
         }
         for (p, _) in hulls.iter().enumerate().filter(|(_, hull)| hull.is_empty()) {
-            let state = &mut state[p * buffers.per_panel()..][..buffers.per_panel()];
-            let mut panel = self.panel::<I, K>(state, (&segment, &task), p);
+            let mut panel = self.panel::<I, K>(&mut state[..buffers.per_panel()], (&segment, &task), p);
             panel.start();
             panel.finish(self.out);
         }

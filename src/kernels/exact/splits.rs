@@ -51,7 +51,8 @@ impl Splits {
             let segment = args.segment(segment);
             let rows = segment.q_len * shape.group();
             // Windows of their own may give a head other keys.
-            let hulls = (0..if args.mask.is_monotone() { kv_heads.min(1) } else { kv_heads }).map(|head| args.hull(&segment, head, 0..rows));
+            let hulls = (0..if args.mask.is_monotone() { kv_heads.min(1) } else { kv_heads })
+                .map(|head| args.hull(&segment, head, 0..rows));
             let union = |a: Range<usize>, b: Range<usize>| {
                 if a.is_empty() {
                     b
