@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rust test-debug test-python test-slow lint fmt bench fuzz valgrind clean
+.PHONY: help demo test test-rust test-debug test-python test-slow zoo lint fmt bench fuzz valgrind clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -53,8 +53,11 @@ test-python: install-dev ## Python tests: all, then the kernels' at every level,
 	SUBQUAD_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS)
 	SUBQUAD_BLOCK_Q=1 SUBQUAD_BLOCK_K=8 $(PYTEST) $(KERNEL_TESTS)
 
-test-slow: install-dev install-weights ## what takes minutes: generation with real weights and a long prompt
-	$(PYTEST) -m slow tests/python
+test-slow: install-dev install-weights ## what takes minutes: real weights, long prompts, every model of transformers
+	$(PYTEST) -m "slow or zoo" tests/python
+
+zoo: install-dev ## run every model of transformers that can be built tiny, and write docs/hf_support.md
+	$(BIN)/python -m tests.python.hf.zoo
 
 lint: install-dev ## formatting, clippy, ruff, types, layers
 	cargo fmt --check
