@@ -2,7 +2,7 @@
 //!
 //! | operator | equation | forms |
 //! | --- | --- | --- |
-//! | [`exact`] | `softmax(scale * q k^T + bias) v` | naive, prefill |
+//! | [`exact`] | `softmax(scale * q k^T + bias) v`, and other score functions and normalisers | naive, prefill, decode |
 //!
 //! Contract of all forms: queries with no visible key give zeros and `lse = -inf`; keys that a mask hides have no influence,
 //! not even when they or their values are NaN; scores, maxima, sums and accumulators are `Element::Acc`.
