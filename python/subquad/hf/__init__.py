@@ -15,6 +15,6 @@ Importing this package patches nothing.
 
 from subquad.hf.growing_cache import GrowingCache
 from subquad.hf.patching import Patch, patch
-from subquad.hf.report import Delegated, LeftAlone, Replaced, Report
+from subquad.hf.report import Delegated, Latent, LeftAlone, Replaced, Report
 
-__all__ = ["Delegated", "GrowingCache", "LeftAlone", "Patch", "Replaced", "Report", "patch"]
+__all__ = ["Delegated", "GrowingCache", "Latent", "LeftAlone", "Patch", "Replaced", "Report", "patch"]

@@ -8,13 +8,16 @@ import torch
 
 from subquad.hf.delegate import Binding, Call, Original, binding_of, delegate, stray_binding
 from subquad.hf.eager_probe import SEMANTIC, computes_attention, extras_of
+from subquad.hf.mla import Latents, LatentStates, expanded, latents_to_read
 from subquad.hf.structured_mask import CallMask, StructuredMask
 from subquad.hf.tracing import PLAIN_TYPES, is_tracing
 from subquad.ops.exact import attention
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_MAX_HEAD_DIM = 1024
+MAX_HEAD_DIM = 1024
 _RANK = 4
+_SCALINGS = (float, int, type(None))
+_TENSORS = (*PLAIN_TYPES, LatentStates)
 
 # Arguments that neither "eager" nor "sdpa" gives a meaning: notes for other implementations, and requests for
 # outputs of the model. Arguments that are in no list are delegated.
@@ -24,6 +27,7 @@ _HARMLESS = frozenset(
         "cu_seq_lens_k",
         "cu_seq_lens_q",
         "deterministic",
+        "input_ids",
         "logits_to_keep",
         "max_length_k",
         "max_length_q",
@@ -46,6 +50,10 @@ _NOT_IMPLEMENTED = frozenset({"block_indices", "cache", "indices"})
 _IGNORED_BY_SDPA = ("s_aux", "sinks")
 
 
+def _is_softcap(value: Any) -> bool:
+    return value is None or (type(value) in _SCALINGS and 0 < value < float("inf"))
+
+
 def _refused_argument(call: Call, *, wants_weights: bool) -> str | None:
     kwargs = call.kwargs
     for name, value in kwargs.items():
@@ -54,22 +62,28 @@ def _refused_argument(call: Call, *, wants_weights: bool) -> str | None:
         return name if name in _NOT_IMPLEMENTED else f"{name} (unknown keyword argument)"
     if kwargs.get("dropout"):
         return "dropout"
+    if type(kwargs.get("scaling")) not in _SCALINGS:
+        return f"scaling of type {type(kwargs['scaling']).__name__}"
+    if not _is_softcap(kwargs.get("softcap")):
+        return "softcap that is no positive number"
     wanted = kwargs.get("output_attentions")
     return "output_attentions" if (wants_weights if wanted is None else wanted) else None
 
 
 def _refused_tensors(call: Call) -> str | None:
-    tensors = (call.query, call.key, call.value)
+    extras = extras_of(call.kwargs)
+    added = [one for one in (extras.sinks, extras.position_bias) if one is not None]
+    tensors = [call.query, call.key, call.value, *added]
     for one in tensors:
-        if type(one) not in PLAIN_TYPES:
+        if type(one) not in _TENSORS:
             return f"tensors of type {type(one).__name__}"
         if one.device.type != "cpu":
             return f"device {one.device.type}"
         if one.dtype not in _DTYPES:
             return f"dtype {str(one.dtype).removeprefix('torch.')}"
     if torch.is_grad_enabled():
-        mask = call.mask
-        if any(one.requires_grad for one in tensors) or (torch.is_tensor(mask) and mask.requires_grad):
+        mask = [call.mask] if torch.is_tensor(call.mask) else []
+        if any(one.requires_grad for one in (*tensors, *mask)):
             return "gradients are enabled (torch.no_grad() disables them)"
     return None
 
@@ -85,8 +99,8 @@ def _refused_shapes(call: Call) -> str | None:
         reason = "empty tensors"
     elif query[1] % key[1]:
         reason = "query heads that are no multiple of the key heads"
-    elif max(query[3], value[3]) > _MAX_HEAD_DIM:
-        reason = f"head_dim above {_MAX_HEAD_DIM}"
+    elif max(query[3], value[3]) > MAX_HEAD_DIM:
+        reason = f"head_dim above {MAX_HEAD_DIM}"
     return reason
 
 
@@ -194,10 +208,16 @@ def _express(binding: Binding, call: Call) -> CallMask | str:
     return _refused_mask(mask) or _with_tensor(mask, call)
 
 
-def _compute(call: Call, mask: CallMask) -> torch.Tensor:
-    query, key, value = call.query, call.key, call.value
-    if mask.visible < key.shape[2]:
-        key, value = key[:, :, : mask.visible], value[:, :, : mask.visible]
+def _compute(call: Call, mask: CallMask, latents: Latents | None) -> torch.Tensor:
+    scale = call.kwargs.get("scaling")
+    if latents is not None:
+        query, key, value = latents.absorb(call.query, mask.visible)
+        # The default is that of the queries as they came.
+        scale = call.query.shape[3] ** -0.5 if scale is None else scale
+    else:
+        query, key, value = call.query, call.key, call.value
+        if mask.visible < key.shape[2]:
+            key, value = key[:, :, : mask.visible], value[:, :, : mask.visible]
     extras = extras_of(call.kwargs)
     sinks = extras.sinks
     if sinks is not None and sinks.dtype not in (torch.float32, query.dtype):
@@ -209,12 +229,12 @@ def _compute(call: Call, mask: CallMask) -> torch.Tensor:
         causal=mask.causal,
         window_size=mask.window_size,
         mask=mask.mask,
-        scale=call.kwargs.get("scaling"),
+        scale=scale,
         bias=_with_position_bias(mask.bias, extras.position_bias, mask.visible, query.dtype),
         softcap=extras.softcap,
         sinks=sinks,
     )
-    return output
+    return output if latents is None else latents.release(output)
 
 
 def _with_position_bias(
@@ -267,15 +287,17 @@ def attention_forward(
         for tally in binding.tallies:
             tally.compiled = True
         return delegate(binding.original, call)
-    call = _under_autocast(call)
+    latents = latents_to_read(call)
+    call = _under_autocast(call if latents is not None else expanded(call))
     mask = _express(binding, call)
     if isinstance(mask, str):
         for tally in binding.tallies:
             tally.delegated[mask, binding.original.name] += 1
-        return delegate(binding.original, Call(module, query, key, value, attention_mask, kwargs))
+        return delegate(binding.original, expanded(Call(module, query, key, value, attention_mask, kwargs)))
     is_dense = mask.bias is not None and mask.bias.ndim > 1 and mask.bias.shape[-2] > 1
     for tally in binding.tallies:
         tally.computed += 1
+        tally.on_latents += latents is not None
         if is_dense:
             tally.dense[_origin(call)] += 1
-    return _compute(call, mask), None
+    return _compute(call, mask, latents), None

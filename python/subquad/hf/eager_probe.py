@@ -14,12 +14,15 @@ from subquad.ops.exact import attention
 
 _QUERIES, _KEYS = 3, 5
 _PER_QUERY_RANK = 4
+# Small enough to show.
+_SOFTCAP, _WINDOW = 2.0, 2
 # float32, and room for functions that round their softmax.
 _TOLERANCE = 1e-4
 
-
 # Arguments that change scores.
 SEMANTIC = ("softcap", "s_aux", "sinks", "position_bias")
+# Arguments that the usual functions ignore, since the mask has what they say: others might not.
+_IN_THE_MASK = ("is_causal", "sliding_window")
 
 
 class Extras(NamedTuple):
@@ -39,20 +42,37 @@ class Extras(NamedTuple):
 class _Key(NamedTuple):
     cls: type
     function: Any
-    names: frozenset[str]
+    arguments: frozenset[tuple[str, str]]
     heads: tuple[int, ...]
 
 
 _known: dict[_Key, bool] = {}
 
 
-def _example(name: str, value: Any, heads: int) -> Any:
-    """Returns an argument of the trial like that of the call."""
-    if name == "sinks" and value.ndim > 1:
-        return torch.linspace(-1.0, 1.0, heads * _QUERIES).reshape(1, heads, _QUERIES, 1)
+def _kind(module: torch.nn.Module, name: str, value: Any) -> str:
+    """Returns what an argument is, as far as a trial depends on it."""
+    if not isinstance(value, torch.Tensor):
+        return f"{value}" if isinstance(value, bool) else type(value).__name__
+    if any(value is one for one in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+        return "own"
+    return "per query" if name == "sinks" and value.ndim > 1 else "foreign"
+
+
+def _example(name: str, value: Any, kind: str, heads: int) -> Any:
+    """Returns an argument of the trial like that of the call, which shows in the result if it is used."""
+    per_query = (1, heads, _QUERIES)
+    if name == "softcap":
+        return _SOFTCAP
+    if name == "sliding_window":
+        return _WINDOW
     if name == "position_bias":
-        return torch.linspace(-1.0, 1.0, heads * _QUERIES * _KEYS).reshape(1, heads, _QUERIES, _KEYS)
-    return value
+        return torch.linspace(-1.0, 1.0, heads * _QUERIES * _KEYS).reshape(*per_query, _KEYS)
+    # A function may read a parameter of its module in place of the argument: the same, if the argument is that.
+    if name not in SEMANTIC or kind == "own":
+        return value
+    if kind == "per query":
+        return torch.linspace(-1.0, 1.0, heads * _QUERIES).reshape(*per_query, 1)
+    return torch.linspace(-1.0, 1.0, heads)
 
 
 def _tries(module: torch.nn.Module, function: Any, heads: tuple[int, ...], given: dict[str, Any]) -> bool:
@@ -64,10 +84,10 @@ def _tries(module: torch.nn.Module, function: Any, heads: tuple[int, ...], given
 
     query = random(1, query_heads, _QUERIES, width)
     key, value = random(1, key_heads, _KEYS, width), random(1, key_heads, _KEYS, value_width)
-    mask = torch.zeros(1, 1, _QUERIES, _KEYS).masked_fill(
-        torch.ones(_QUERIES, _KEYS).triu(_KEYS - _QUERIES + 1).bool(), torch.finfo(torch.float32).min
-    )
-    trial = {name: _example(name, one, query_heads) for name, one in given.items()}
+    # Neither causal nor a window: a function that adds one of them is found out.
+    hidden = (torch.arange(_QUERIES)[:, None] + torch.arange(_KEYS)) % 3 == 1
+    mask = torch.zeros(1, 1, _QUERIES, _KEYS).masked_fill(hidden, torch.finfo(torch.float32).min)
+    trial = {name: _example(name, one, _kind(module, name, one), query_heads) for name, one in given.items()}
     scaling = 1.5 * width**-0.5
     with torch.no_grad():
         found = function(module, query, key, value, mask, scaling=scaling, dropout=0.0, **trial)[0]
@@ -106,13 +126,15 @@ def computes_attention(
         heads: Query heads, key heads, width of keys, width of values.
         kwargs: The arguments of the call.
     """
-    given = {name: kwargs[name] for name in SEMANTIC if kwargs.get(name) is not None}
-    key = _Key(type(module), function, frozenset(given), heads)
+    given = {name: kwargs[name] for name in (*SEMANTIC, *_IN_THE_MASK) if kwargs.get(name) is not None}
+    kinds = frozenset((name, _kind(module, name, one)) for name, one in given.items())
+    key = _Key(type(module), function, kinds, heads)
     known = _known.get(key)
     if known is None:
         try:
             known = _tries(module, function, heads, given)
-        except Exception:  # noqa: BLE001 - whatever a foreign function raises, it is not what subquad computes
+        except Exception:
+            # Whatever a foreign function raises, it is not what subquad computes.
             known = False
         _known[key] = known
     return known

@@ -34,6 +34,7 @@ class GrowingCache(DynamicCache):
     in place, to buffers `[B, H, capacity, D]` with room to spare (`GrowingLayer`,
     `GrowingSlidingWindowLayer`), and otherwise does what `DynamicCache` does. The keys and values are views
     of the used parts, `[:, :, :length]`: the last axis is contiguous, the heads' stride is `capacity * D`.
+    Keys and values of one head and of different widths are columns of one buffer instead.
 
     Replaced are the layers of the classes `DynamicLayer` and `DynamicSlidingWindowLayer`. All others (linear
     attention, convolution, indexed, hybrid, those of single models) stay transformers' own.

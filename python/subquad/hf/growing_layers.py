@@ -79,6 +79,30 @@ def _is_plain(states: object) -> bool:
     )
 
 
+def _share_rows(keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether buffers of keys and values are to be columns of one.
+
+    This is so for one head of different widths. Multi-head latent attention caches those, and the row of a token
+    is its key: attention then reads the buffer as it is. To other readers it makes no difference.
+    """
+    return (
+        keys.shape[1] == values.shape[1] == 1
+        and keys.shape[0] == values.shape[0]
+        and keys.shape[3] != values.shape[3]
+        and keys.dtype == values.dtype
+        and keys.device == values.device
+    )
+
+
+def _shared_buffers(
+    keys: torch.Tensor, values: torch.Tensor, batch: int, capacity: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns buffers for keys and values like these, `[batch, 1, capacity, D]`, that are columns of one."""
+    width = keys.shape[3]
+    rows = keys.new_empty((batch, 1, capacity, width + values.shape[3]))
+    return rows[..., :width], rows[..., width:]
+
+
 class _Span:
     """Keys, or values: the used part of a buffer `[B, H, capacity, D]`, or a tensor without a buffer.
 
@@ -123,7 +147,7 @@ class _Span:
         address = buffer.untyped_storage().data_ptr()
         if address == 0 or used.untyped_storage().data_ptr() != address:
             return None
-        return int(used.storage_offset() - buffer.storage_offset()) // int(buffer.shape[3])
+        return int(used.storage_offset() - buffer.storage_offset()) // int(buffer.stride(2))
 
     def accepts(self, states: torch.Tensor) -> bool:
         """Whether `append` gives what `torch.cat` would."""
@@ -145,26 +169,46 @@ class _Span:
             room: Most tokens to leave free where the buffer is replaced. `None`: no limit.
             reserved: Least capacity of a new buffer, in tokens.
         """
-        used = self._stored()
-        length = used.shape[2] if used.ndim == 4 else 0
-        needed = length + states.shape[2]
+        length, added = self._length(), states.shape[2]
         buffer = self.buffer
-        if (
+        if buffer is None or self.lacks_room(added):
+            capacity = self.choose_capacity(states, room=room, reserved=reserved)
+            buffer = states.new_empty((*states.shape[:2], capacity, states.shape[3]))
+            self.move(buffer)
+        buffer.narrow(2, self._start + length, added).copy_(states)
+        self.used = buffer.narrow(2, self._start, length + added)
+        return self.used
+
+    def _length(self) -> int:
+        used = self._stored()
+        return used.shape[2] if used.ndim == 4 else 0
+
+    def lacks_room(self, added: int) -> bool:
+        """Whether the buffer has to be replaced before so many tokens are appended."""
+        buffer = self.buffer
+        return (
             buffer is None
-            or self._start + needed > buffer.shape[2]
+            or self._start + self._length() + added > buffer.shape[2]
             # Torch allows no in-place changes of those later.
             or (buffer.is_inference() and not torch.is_inference_mode_enabled())
-        ):
-            free = self._choose_room(states, needed)
-            capacity = max(needed + (free if room is None else min(free, room)), reserved)
-            # Never the old buffer, even where it has room in front: views of it were handed out.
-            buffer = states.new_empty((*states.shape[:2], capacity, states.shape[3]))
-            if length:
-                buffer[:, :, :length].copy_(used)
-            self.buffer, self._start = buffer, 0
-        buffer.narrow(2, self._start + length, states.shape[2]).copy_(states)
-        self.used = buffer.narrow(2, self._start, needed)
-        return self.used
+        )
+
+    def choose_capacity(self, states: torch.Tensor, *, room: int | None, reserved: int) -> int:
+        """Returns of how many tokens the buffer is to be that replaces the present one, as `append` does."""
+        needed = self._length() + states.shape[2]
+        free = self._choose_room(states, needed)
+        return max(needed + (free if room is None else min(free, room)), reserved)
+
+    def move(self, buffer: torch.Tensor) -> None:
+        """Replaces the buffer.
+
+        Args:
+            buffer: Never the old one, even where that has room in front: views of it were handed out.
+        """
+        if length := self._length():
+            buffer[:, :, :length].copy_(self._stored())
+            self.used = buffer[:, :, :length]
+        self.buffer, self._start = buffer, 0
 
     def _choose_room(self, states: torch.Tensor, needed: int) -> int:
         """Returns how many tokens a new buffer leaves free."""
@@ -189,16 +233,11 @@ class _Span:
             self.used = used.narrow(2, excess, count)
             self._start += excess
 
-    def reorder(self, rows: torch.Tensor) -> None:
+    def reorder(self, rows: torch.Tensor, buffer: torch.Tensor) -> None:
         """Selects batch rows, into a buffer of the same capacity."""
         stored = self._stored()
         rows = rows.to(stored.device)
-        if self.buffer is None:
-            self.used = stored.index_select(0, rows)
-            return
-        end = self._start + stored.shape[2]
-        buffer = self.buffer.new_empty((rows.shape[0], *self.buffer.shape[1:]))
-        used = buffer[:, :, self._start : end]
+        used = buffer[:, :, self._start : self._start + stored.shape[2]]
         torch.index_select(stored, 0, rows, out=used)
         self.buffer, self.used = buffer, used
 
@@ -261,19 +300,45 @@ class _GrowingStates:
             super().update(key_states[:, :, :0], value_states[:, :, :0])  # type: ignore[misc]
         return self._keys.accepts(key_states) and self._values.accepts(value_states)
 
+    def _append(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *, room: int | None, reserved: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends tokens and returns the used parts; `_can_append` must hold."""
+        added = key_states.shape[2]
+        if _share_rows(key_states, value_states) and (
+            self._keys.lacks_room(added) or self._values.lacks_room(added)
+        ):
+            capacity = max(
+                self._keys.choose_capacity(key_states, room=room, reserved=reserved),
+                self._values.choose_capacity(value_states, room=room, reserved=reserved),
+            )
+            buffers = _shared_buffers(key_states, value_states, key_states.shape[0], capacity)
+            self._keys.move(buffers[0])
+            self._values.move(buffers[1])
+        return (
+            self._keys.append(key_states, room=room, reserved=reserved),
+            self._values.append(value_states, room=room, reserved=reserved),
+        )
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Selects the batch rows of the beams that go on."""
-        spans = (self._keys, self._values)
+        keys, values = self._keys.buffer, self._values.buffer
         if (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or self.get_seq_length() == 0
-            or any(span.buffer is None for span in spans)
+            or keys is None
+            or values is None
         ):
             super().reorder_cache(beam_idx)  # type: ignore[misc]
             return
-        for span in spans:
-            span.reorder(beam_idx)
+        batch = beam_idx.shape[0]
+        if _share_rows(keys, values) and keys.shape[2] == values.shape[2]:
+            buffers = _shared_buffers(keys, values, batch, keys.shape[2])
+        else:
+            buffers = (keys.new_empty((batch, *keys.shape[1:])), values.new_empty((batch, *values.shape[1:])))
+        self._keys.reorder(beam_idx, buffers[0])
+        self._values.reorder(beam_idx, buffers[1])
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what copies and pickles hold: of the buffers, only the used part."""
@@ -294,7 +359,8 @@ class GrowingLayer(_GrowingStates, DynamicLayer):  # type: ignore[no-untyped-cal
     free, at least 16 and at most 1,024 tokens. A full buffer is replaced by one for twice the tokens (above
     64 MiB, 1.5 times), so that each token is copied once more on average (twice); where 64 tokens or more are
     added, as by a prompt in pieces, by one with an eighth free. `keys` and `values` are the used parts: views
-    with head stride `capacity * D`.
+    with head stride `capacity * D`. Keys and values of one head and of different widths, such as the latents of
+    multi-head latent attention, are columns of one buffer `[B, 1, capacity, D + D_v]`.
 
     An update that fails leaves the layer as it was. In grad mode, under `torch.compile`, and for tensor
     subclasses (fake tensors among them), an update concatenates as the parent's does.
@@ -326,10 +392,7 @@ class GrowingLayer(_GrowingStates, DynamicLayer):  # type: ignore[no-untyped-cal
                 key_states, value_states, *args, **kwargs
             )
             return updated
-        return (
-            self._keys.append(key_states, room=None, reserved=self.reserved),
-            self._values.append(value_states, room=None, reserved=self.reserved),
-        )
+        return self._append(key_states, value_states, room=None, reserved=self.reserved)
 
 
 class GrowingSlidingWindowLayer(_GrowingStates, DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
@@ -368,8 +431,7 @@ class GrowingSlidingWindowLayer(_GrowingStates, DynamicSlidingWindowLayer):  # t
             return updated
         self.cumulative_length += added
         room = None if records else slack
-        keys = self._keys.append(key_states, room=room)
-        values = self._values.append(value_states, room=room)
+        keys, values = self._append(key_states, value_states, room=room)
         if records:
             return keys[:, :, -(kept + added) :], values[:, :, -(kept + added) :]
         self._keys.keep_last(kept)

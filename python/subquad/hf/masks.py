@@ -18,7 +18,8 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from subquad.hf import registry
-from subquad.hf.patterns import Pattern, Span, describe
+from subquad.hf.mask_functions import describe
+from subquad.hf.patterns import Pattern, Span
 from subquad.hf.structured_mask import DenseForm, StructuredMask
 from subquad.hf.tracing import is_tracing
 
@@ -35,14 +36,16 @@ class _Request:
     pattern: Pattern
 
     @property
-    def causal(self) -> bool:
-        """Whether queries are kept from seeing later keys."""
-        return self.pattern.causal
+    def span(self) -> Span:
+        """The positions of queries and keys."""
+        last_query, last_key = self.q_offset + self.q_length - 1, self.kv_offset + self.kv_length - 1
+        return Span(self.q_offset, last_query, self.kv_offset, last_key)
 
     @property
     def visible(self) -> int:
         """How many keys there are up to the last that some query sees, padding aside."""
-        return self.q_offset - self.kv_offset + self.q_length if self.causal else self.kv_length
+        end = self.q_offset + self.q_length
+        return end - self.kv_offset if self.pattern.end_by(end, self.span) else self.kv_length
 
 
 def _query_range(arguments: dict[str, Any]) -> tuple[int, int] | None:
@@ -86,9 +89,9 @@ def _recognise(arguments: dict[str, Any]) -> _Request | None:
     pattern = describe(arguments.get("mask_function", causal_mask_function), span)
     if pattern is None:
         return None
-    # A model that forbids to skip the mask is going to use it as a tensor; with documents it never is skipped.
+    # A model that forbids to skip the mask is going to use it as a tensor; for groups, transformers forbids it itself.
     allowed = "allow_is_causal_skip" if pattern.causal else "allow_is_bidirectional_skip"
-    if pattern.documents is None and not arguments.get(allowed, pattern.causal):
+    if not (pattern.groups or pattern.either or arguments.get(allowed, pattern.causal)):
         return None
     padding = _padding_of_keys(arguments, kv_offset)
     request = _Request(q_length, kv_length, q_offset, kv_offset, padding, pattern)
@@ -98,8 +101,8 @@ def _recognise(arguments: dict[str, Any]) -> _Request | None:
 
 
 def _is_of_tokens_themselves(pattern: Pattern, maker: FrameType | None) -> bool:
-    """Whether queries and keys are the same tokens: causal masks are, others unless the keys are an encoder's."""
-    if pattern.causal:
+    """Whether queries and keys are the same tokens: in causal masks they are, in others unless the keys are an encoder's."""
+    if pattern.is_autoregressive:
         return True
     # transformers does not tell mask functions, but the function that calls them knows.
     names = (
@@ -112,12 +115,12 @@ def _is_left_out(request: _Request, local_size: int | None, entry: registry.Patc
     """Whether the original would return no mask at all, and leave it to attention what that means."""
     if (
         request.padding is not None
-        or request.pattern.documents is not None
+        or not request.pattern.is_plain
         or (local_size is not None and request.kv_length >= local_size)
     ):
         return False
     implementation = None if entry is None else entry.implementation
-    if not request.causal:
+    if not request.pattern.causal:
         return implementation in ("eager", "sdpa")
     # Only SDPA leaves causal masks out. Models know it by that name: those that ask for the name expect a
     # mask from any other implementation.
@@ -139,8 +142,9 @@ def structured_mask(**arguments: Any) -> Any:
         **arguments: Those of `transformers.masking_utils.sdpa_mask`.
 
     Returns:
-        A `StructuredMask` for causal masks, windows, chunks, documents and padding; `None` where the original implementation's mask
-        function returns `None` for them; for everything else what that function returns.
+        A `StructuredMask` for causal masks, windows, chunks, documents, blocks of images and padding; `None` where the
+        original implementation's mask function returns `None` for them; for everything else what that function
+        returns.
     """
     given = arguments.get("attention_mask")
     if isinstance(given, StructuredMask):
@@ -166,6 +170,7 @@ def structured_mask(**arguments: Any) -> Any:
         q_length=request.q_length,
         kv_length=request.kv_length,
         offset=request.q_offset - request.kv_offset,
+        first_key=request.kv_offset,
         padding=request.padding,
         same_tokens=_is_of_tokens_themselves(request.pattern, sys._getframe(1)),
         dense_form=DenseForm(build),

@@ -14,12 +14,13 @@ import torch
 from transformers import PreTrainedModel
 
 from subquad.hf import registry
-from subquad.hf.attention import attention_forward
+from subquad.hf.attention import MAX_HEAD_DIM, attention_forward
 from subquad.hf.delegate import ATTRIBUTE, Binding, Original, binding_of
 from subquad.hf.growing_cache import GenerateCaches, use_in_generate
 from subquad.hf.interface import asks_for_sdpa, bypassing_modules, find_seam, interface_modules
 from subquad.hf.masks import structured_mask
-from subquad.hf.report import Coverage, LeftAlone, Replaced, Report, Tally, take_report
+from subquad.hf.mla import expand_again, is_latent, read_latents
+from subquad.hf.report import Coverage, Latent, LeftAlone, Replaced, Report, Tally, take_report
 
 # Implementations whose meaning of a missing mask is known, and whose masks can be built.
 _KNOWN = ("eager", "sdpa", "flex_attention")
@@ -127,6 +128,7 @@ class Patch:
                     setattr(module, ATTRIBUTE, replace(binding, tallies=left))
                 else:
                     delattr(module, ATTRIBUTE)
+                    expand_again(module)
             self._bound = ()
             self._model = None
 
@@ -219,6 +221,14 @@ def _bind(modules: Sequence[torch.nn.Module], tally: Tally) -> dict[torch.nn.Mod
     return bound
 
 
+def _read_latents(modules: Sequence[torch.nn.Module]) -> tuple[Latent, ...]:
+    """Lets bound modules of multi-head latent attention read their caches as they are, where they can."""
+    counts = Counter(
+        (type(one).__name__, read_latents(one, MAX_HEAD_DIM)) for one in modules if is_latent(one)
+    )
+    return tuple(Latent(name, count, reason) for (name, reason), count in counts.items())
+
+
 def patch(model: PreTrainedModel) -> Patch:
     """Lets subquad compute the attention of a HuggingFace model.
 
@@ -227,6 +237,9 @@ def patch(model: PreTrainedModel) -> Patch:
     had; the report says which and how many. Those are calls with gradients or dropout, with `indices`,
     `block_indices` or a paged cache, with `output_attentions`, on other devices than the CPU, and within
     `torch.compile`; and those of models whose own attention computes something else.
+
+    Multi-head latent attention (DeepSeek and others) reads its cache as it is, in calls of few queries, instead
+    of expanding it to keys and values for every token.
 
     `generate` gets a `GrowingCache` in place of a `DynamicCache`, where the report does not say otherwise.
 
@@ -274,5 +287,6 @@ def patch(model: PreTrainedModel) -> Patch:
             replaced=tuple(Replaced(name, count, original) for (name, original), count in replaced.items()),
             left_alone=left_alone,
             cache=caches.reason,
+            latent=_read_latents(list(bound)),
         )
         return Patch(model, coverage, tally, held=held, bound=list(bound), caches=caches)

@@ -1,31 +1,25 @@
-"""Recognises the mask functions of transformers that are made of causal masks, windows, chunks and documents.
-
-transformers describes a mask by nested closures over token indices, such as
-`and_masks(sliding_window_overlay(512), causal_mask_function)`. A window that is longer than the sequence
-hides nothing, so that this one is plain causal for the first 512 tokens.
-"""
+"""Which tokens see which: patterns of causal masks, windows and groups of tokens, over positions in a sequence."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
 
 import torch
-from transformers import masking_utils
 
-_RANK = 2
+from subquad import masks
 
 
 @dataclass(frozen=True)
 class Span:
-    """The indices of one forward pass, in tokens from the start of the sequence.
+    """The positions of one forward pass, in tokens from the start of the sequence.
 
     Attributes:
-        first_query: Index of the first query.
-        last_query: Index of the last query.
-        first_key: Index of the first key.
-        last_key: Index of the last key.
+        first_query: Position of the first query.
+        last_query: Position of the last query.
+        first_key: Position of the first key.
+        last_key: Position of the last key.
     """
 
     first_query: int
@@ -34,121 +28,128 @@ class Span:
     last_key: int
 
 
-def _captured(function: Callable[..., Any]) -> dict[str, Any]:
-    names = function.__code__.co_freevars
-    return {name: cell.cell_contents for name, cell in zip(names, function.__closure__ or (), strict=True)}
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Tokens that see those of their own group.
 
+    Attributes:
+        ids: Groups by position, `[B, n]` or `[1, n]`, integers.
+        first: Position of the first of them.
+        has_loners: Whether tokens with a negative id are in no group, and see nothing.
+    """
 
-def _is_made_by(function: object, factory: str) -> bool:
-    return (
-        getattr(function, "__module__", None) == masking_utils.__name__
-        and str(getattr(function, "__qualname__", "")).startswith(f"{factory}.<locals>.")
-        and hasattr(function, "__code__")
-    )
+    ids: torch.Tensor
+    first: int = 0
+    has_loners: bool = False
+
+    def covers(self, span: Span) -> bool:
+        """Whether every position of a span has an id."""
+        first = min(span.first_query, span.first_key) - self.first
+        return first >= 0 and max(span.last_query, span.last_key) - self.first < self.ids.shape[1]
+
+    def end_by(self, end: int, span: Span) -> bool:
+        """Whether no query sees a key at `end` or after it."""
+        return self.has_loners and not bool((self._of(end, span.last_key) >= 0).any())
+
+    def lowered(self, span: Span) -> masks.Mask | None:
+        """Returns the mask; `None` if it shows every key of the span."""
+        queries = self._of(span.first_query, span.last_query)
+        keys = self._of(span.first_key, span.last_key)
+        if bool((queries[:, :1] == queries).all()) and bool((queries[:, :1] == keys).all()):
+            one_group = not self.has_loners or bool((queries[:, 0] >= 0).all())
+            if one_group:
+                return None
+        if self.has_loners:
+            # One id for queries and another for keys: they match nothing.
+            queries, keys = queries.clamp(min=-1), keys.clamp(min=-1)
+            keys = keys.masked_fill(keys < 0, -2)
+        return masks.document(queries, keys)
+
+    def _of(self, first: int, last: int) -> torch.Tensor:
+        return self.ids[:, first - self.first : last + 1 - self.first]
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which keys a query sees, by position.
+    """Which keys a query sees, by position: those that all attributes show.
 
     Attributes:
         causal: Whether queries are kept from seeing later keys.
         left: How many keys before its own position a query sees; `None` for all.
         right: How many after it; `None` for all. With `causal`, none.
-        chunk: Length of the chunks, counted from the first key, that queries see alone; `None` for no chunks.
-        documents: Numbers of the documents that queries see alone, `[B, S]`; `None` for no documents.
+        groups: Groups of tokens that see each other alone.
+        either: Sets of patterns: of each set, one has to show the key.
     """
 
     causal: bool = False
     left: int | None = None
     right: int | None = None
-    chunk: int | None = None
-    documents: torch.Tensor | None = None
+    groups: tuple[Groups, ...] = ()
+    either: tuple[tuple[Pattern, ...], ...] = ()
 
-    def and_(self, other: Pattern) -> Pattern | None:
-        """Returns what both patterns show; `None` if that takes two chunkings or two sets of documents."""
-        if None not in (self.chunk, other.chunk) and self.chunk != other.chunk:
-            return None
-        if self.documents is not None and other.documents is not None:
-            return None
+    @property
+    def window(self) -> tuple[int | None, int | None] | None:
+        """`left` and `right`; `None` if neither is bounded."""
+        return None if self.left is None and self.right is None else (self.left, self.right)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a causal mask, or none."""
+        return self.window is None and not self.groups and not self.either
+
+    @property
+    def is_autoregressive(self) -> bool:
+        """Whether it hides later keys, apart from exceptions: queries and keys are then the same tokens."""
+        return self.causal or any(one.is_autoregressive for patterns in self.either for one in patterns)
+
+    def __and__(self, other: Pattern) -> Pattern:
+        """Returns what both patterns show."""
         return Pattern(
             causal=self.causal or other.causal,
             left=_least(self.left, other.left),
             right=_least(self.right, other.right),
-            chunk=other.chunk if self.chunk is None else self.chunk,
-            documents=other.documents if self.documents is None else self.documents,
+            groups=self.groups + other.groups,
+            either=self.either + other.either,
         )
+
+    def __or__(self, other: Pattern) -> Pattern:
+        """Returns what either pattern shows."""
+        if other in (self, Pattern()):
+            return other
+        return self if self == Pattern() else Pattern(either=((self, other),))
+
+    def end_by(self, end: int, span: Span) -> bool:
+        """Whether no query of a span, the last of which is before `end`, sees a key at `end` or after it."""
+        return (
+            self.causal
+            or any(one.end_by(end, span) for one in self.groups)
+            or any(all(one.end_by(end, span) for one in patterns) for patterns in self.either)
+        )
+
+    def lowered(self, span: Span) -> masks.Mask | None:
+        """Returns the mask of a span whose last query and last key are at one position.
+
+        Returns:
+            The mask; `None` if it shows every key.
+        """
+        shown: list[masks.Mask] = []
+        if self.causal and span.first_query < span.last_key:
+            shown.append(masks.causal())
+        if self.window is not None:
+            shown.append(masks.sliding_window(self.left, self.right))
+        rest = self.lowered_rest(span)
+        return reduce(operator.and_, shown if rest is None else [*shown, rest]) if shown else rest
+
+    def lowered_rest(self, span: Span) -> masks.Mask | None:
+        """Returns the mask as `lowered` does, without `causal` and the window."""
+        shown = [one.lowered(span) for one in self.groups]
+        for patterns in self.either:
+            lowered = [one.lowered(span) for one in patterns]
+            known = [one for one in lowered if one is not None]
+            shown.append(reduce(operator.or_, known) if len(known) == len(lowered) else None)
+        hiding = [one for one in shown if one is not None]
+        return reduce(operator.and_, hiding) if hiding else None
 
 
 def _least(one: int | None, other: int | None) -> int | None:
     return min((bound for bound in (one, other) if bound is not None), default=None)
-
-
-def _overlay(function: Callable[..., Any], span: Span) -> Pattern | None:
-    """Returns what a single overlay shows on a span, `None` if that is not known."""
-    if _is_made_by(function, "sliding_window_overlay"):
-        window = _captured(function).get("sliding_window")
-        if not isinstance(window, int) or window < 1:
-            return None
-        # A window that no causal query of the span leaves hides nothing.
-        return Pattern() if span.last_query - span.first_key < window else Pattern(left=window - 1)
-    if _is_made_by(function, "sliding_window_bidirectional_overlay"):
-        window = _captured(function).get("sliding_window")
-        if not isinstance(window, int) or window < 0:
-            return None
-        distance = max(span.last_query - span.first_key, span.last_key - span.first_query)
-        return Pattern() if distance <= window else Pattern(left=window, right=window)
-    if _is_made_by(function, "chunked_overlay"):
-        captured = _captured(function)
-        size, padding = captured.get("chunk_size"), captured.get("left_padding")
-        if not isinstance(size, int) or size < 1 or padding is None:
-            return None
-        # All real tokens are in chunk 0. Those before them, in chunk -1, are padding.
-        if max(span.last_query, span.last_key) - int(padding.min()) < size:
-            return Pattern()
-        aligned = not padding.any() and span.first_key % size == 0
-        return Pattern(chunk=size) if aligned else None
-    if _is_made_by(function, "packed_sequence_mask_function"):
-        documents = _captured(function).get("packed_sequence_mask")
-        return (
-            Pattern(documents=documents)
-            if isinstance(documents, torch.Tensor) and documents.ndim == _RANK
-            else None
-        )
-    return None
-
-
-def _remapped(function: Callable[..., Any]) -> Callable[..., Any] | None:
-    """Returns what a mask function is on positions within documents, which grow by one from token to token."""
-    inner = _captured(function).get("mask_function")
-    return inner if callable(inner) else None
-
-
-def describe(function: Callable[..., Any], span: Span) -> Pattern | None:
-    """Tells which keys a mask function of transformers shows on a span.
-
-    Args:
-        function: The mask function.
-        span: The indices it will be asked for.
-
-    Returns:
-        The pattern; `None` for a function that is not known.
-    """
-    if function is masking_utils.causal_mask_function:
-        return Pattern(causal=True)
-    if function is getattr(masking_utils, "bidirectional_mask_function", None):
-        return Pattern()
-    if not _is_made_by(function, "and_masks"):
-        return _overlay(function, span)
-    parts = _captured(function).get("mask_functions", ())
-    # Positions that start anew with each document differ as indices do, as long as documents are told apart.
-    packed = any(_is_made_by(part, "packed_sequence_mask_function") for part in parts)
-    pattern: Pattern | None = Pattern() if parts else None
-    for part in parts:
-        remapped = packed and _is_made_by(part, "remap_positions_for_packed_sequence")
-        one = _remapped(part) if remapped else part
-        shown = None if one is None else describe(one, span)
-        if pattern is None or shown is None or (remapped and shown.chunk is not None):
-            return None
-        pattern = pattern.and_(shown)
-    return pattern

@@ -38,6 +38,22 @@ class LeftAlone:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Modules of multi-head latent attention, which cache one latent for all heads.
+
+    Attributes:
+        name: Class name.
+        count: How many modules of this class.
+        reason: Why every call expands the cache to keys and values; `None` where calls of few queries read it
+            as it is.
+    """
+
+    name: str
+    count: int
+    reason: str | None
+
+
+@dataclass(frozen=True)
 class Coverage:
     """What a patch found in a model.
 
@@ -46,12 +62,14 @@ class Coverage:
         replaced: Modules whose attention subquad computes.
         left_alone: Modules that stay as they were, and why.
         cache: Why `generate` keeps the caches it had; `None` where it gets growing ones.
+        latent: Modules of multi-head latent attention.
     """
 
     model: str
     replaced: tuple[Replaced, ...]
     left_alone: tuple[LeftAlone, ...]
     cache: str | None
+    latent: tuple[Latent, ...]
 
 
 @dataclass(frozen=True)
@@ -75,12 +93,14 @@ class Tally:
 
     Attributes:
         computed: Calls that subquad computed.
+        on_latents: Those of them that read the cache of multi-head latent attention as it is.
         dense: Those of them that read a mask of one entry for each query and key, by the mask's origin.
         delegated: Calls that the original computed, by reason and implementation.
         compiled: Whether `torch.compile` traced a call. Counting in traced code would recompile it each time.
     """
 
     computed: int = 0
+    on_latents: int = 0
     dense: Counter[str] = field(default_factory=Counter)
     delegated: Counter[tuple[str, str]] = field(default_factory=Counter)
     compiled: bool = False
@@ -104,7 +124,9 @@ class Report:
         replaced: Modules whose attention subquad computes.
         left_alone: Modules that stay as they were, and why.
         cache: Why `generate` keeps the caches it had; `None` where it gets growing ones.
+        latent: Modules of multi-head latent attention.
         computed: Calls that subquad computed.
+        on_latents: Those of them that read the cache of multi-head latent attention as it is.
         dense: Those of them that read a mask with one entry for each query and key, by the mask's origin.
         delegated: Calls that the original implementation computed, by reason, most frequent first.
         compiled: Whether calls were compiled by `torch.compile`: the original computes those, and they are
@@ -116,7 +138,9 @@ class Report:
     replaced: tuple[Replaced, ...]
     left_alone: tuple[LeftAlone, ...]
     cache: str | None
+    latent: tuple[Latent, ...]
     computed: int
+    on_latents: int
     dense: Mapping[str, int]
     delegated: tuple[Delegated, ...]
     compiled: bool
@@ -128,7 +152,16 @@ class Report:
         lines += [f"  left alone: {one.name}{_times(one.count)}: {one.reason}" for one in self.left_alone]
         kept = "growing caches" if self.cache is None else f"caches left alone: {self.cache}"
         lines.append(f"  generate: {kept}")
+        for one in self.latent:
+            use = (
+                "read as they are, by calls of few queries"
+                if one.reason is None
+                else f"expanded at every call: {one.reason}"
+            )
+            lines.append(f"  latent caches: {one.name}{_times(one.count)}: {use}")
         lines.append(f"  computed by subquad: {_calls(self.computed)}")
+        if self.on_latents:
+            lines.append(f"    on latent caches: {_calls(self.on_latents)}")
         lines += [f"    with a dense mask: {origin}: {_calls(calls)}" for origin, calls in self.dense.items()]
         lines += [
             f"  {one.reason}: {_calls(one.calls)} delegated to {one.original}" for one in self.delegated
@@ -146,7 +179,9 @@ def take_report(coverage: Coverage, tally: Tally, *, active: bool) -> Report:
         replaced=coverage.replaced,
         left_alone=coverage.left_alone,
         cache=coverage.cache,
+        latent=coverage.latent,
         computed=tally.computed,
+        on_latents=tally.on_latents,
         dense=dict(tally.dense.most_common()),
         delegated=tuple(
             Delegated(reason, original, calls) for (reason, original), calls in tally.delegated.most_common()

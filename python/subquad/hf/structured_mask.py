@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from subquad import masks
-from subquad.hf.patterns import Pattern
+from subquad.hf.patterns import Pattern, Span
 
 _RANK = 4
 # What leaves a tensor's values and dtype as they are.
@@ -96,6 +96,7 @@ class StructuredMask:
         q_length: `Sq`.
         kv_length: `Sk`.
         offset: Position of the first query minus that of the first key.
+        first_key: Position of the first key.
         padding: `[B, Sk]`, bool, True where there is a token; `None` if all keys are tokens.
         same_tokens: Whether query and key of one position are the same token. The output of padding is then
             of no use, and is 0.
@@ -107,6 +108,7 @@ class StructuredMask:
     q_length: int
     kv_length: int
     offset: int
+    first_key: int
     padding: torch.Tensor | None
     same_tokens: bool
     dense_form: DenseForm
@@ -127,38 +129,48 @@ class StructuredMask:
         """
         if (q_length, kv_length) != (self.q_length, self.kv_length) or self.dense_form.given_away:
             return None
-        pattern = self.pattern
-        causal, visible = pattern.causal, kv_length
-        by_position = (pattern.left, pattern.right, pattern.chunk) != (None, None, None)
-        if causal:
-            visible = self.offset + q_length
-            # The first query sees all keys, or there is only one query: nothing to align.
-            if not by_position and (self.offset + 1 >= kv_length or q_length == 1):
-                causal, visible = False, min(visible, kv_length)
-            if not 0 < visible <= kv_length:
-                return None
-        elif by_position and self.offset + q_length != kv_length:
+        return self._as_arguments
+
+    @cached_property
+    def _as_arguments(self) -> CallMask | None:
+        causal, visible = self._causal_and_visible
+        # The kernel aligns queries with the last keys that it gets.
+        if visible is None or not 0 < visible <= self.kv_length:
             return None
-        window = None if (pattern.left, pattern.right) == (None, None) else (pattern.left, pattern.right)
-        shown: list[masks.Mask] = [] if pattern.chunk is None else [masks.chunked(pattern.chunk)]
-        if pattern.documents is not None:
-            if q_length != kv_length:
-                return None
-            shown.append(masks.document(pattern.documents[:, :visible]))
+        rest = self.pattern.lowered_rest(self._span(visible))
+        shown = [] if rest is None else [rest]
         bias = None
         if self.padding is not None:
             if self._padding_runs is None:
                 bias = self.padding[:, None, None, :visible]
             else:
-                lengths = [min(length, visible) for length in self._padding_runs.lengths]
-                leftpad = [
-                    min(first, length)
-                    for first, length in zip(self._padding_runs.leftpad, lengths, strict=True)
-                ]
-                queries = self.same_tokens and self.offset + q_length == visible
-                shown.append(masks.padding(lengths, leftpad, queries=queries))
+                shown.append(self._padding_in(self._padding_runs, visible))
         mask = reduce(operator.and_, shown) if shown else None
-        return CallMask(causal, visible, bias, window, mask)
+        return CallMask(causal, visible, bias, self.pattern.window, mask)
+
+    @property
+    def _causal_and_visible(self) -> tuple[bool, int | None]:
+        """The argument `causal`, and how many keys to pass; `None` if keys after the queries are seen by position."""
+        pattern, end = self.pattern, self.offset + self.q_length
+        if not pattern.is_plain:
+            ends = end == self.kv_length or pattern.end_by(self.first_key + end, self._span(self.kv_length))
+            return pattern.causal, end if ends else None
+        if not pattern.causal:
+            return False, self.kv_length
+        # The first query sees all keys, or there is only one query: nothing to align.
+        if self.offset + 1 >= self.kv_length or self.q_length == 1:
+            return False, min(end, self.kv_length)
+        return True, end
+
+    def _span(self, visible: int) -> Span:
+        first = self.first_key + self.offset
+        return Span(first, first + self.q_length - 1, self.first_key, self.first_key + visible - 1)
+
+    def _padding_in(self, runs: _Runs, visible: int) -> masks.Mask:
+        lengths = [min(length, visible) for length in runs.lengths]
+        leftpad = [min(first, length) for first, length in zip(runs.leftpad, lengths, strict=True)]
+        queries = self.same_tokens and self.offset + self.q_length == visible
+        return masks.padding(lengths, leftpad, queries=queries)
 
     def dense(self) -> Any:
         """Returns the tensor, `[B, 1, Sq, Sk]`, for reading."""
@@ -239,6 +251,7 @@ class StructuredMask:
             q_length=len(queries),
             kv_length=len(keys),
             offset=self.offset + queries.start,
+            first_key=self.first_key,
             padding=None if self.padding is None else self.padding[:, : len(keys)],
             same_tokens=self.same_tokens,
             dense_form=DenseForm(lambda: self.dense()[index]),

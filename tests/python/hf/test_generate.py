@@ -32,7 +32,7 @@ def _generate(model, batch, **options):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma3", "gpt2", "gemma2", "gpt-oss"])
 def test_generate(name, mode, *, decoder, make_batch, assert_same):
     model = decoder(name)
     lookup = "lookup" in mode
@@ -51,7 +51,7 @@ def test_generate(name, mode, *, decoder, make_batch, assert_same):
 @pytest.mark.parametrize("mode", ["dynamic", "static"])
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("gpt-oss", "s_aux"), ("deepseek-v3.2", "indices"), ("minimax-m3", "block_indices")],
+    [("deepseek-v3.2", "indices"), ("minimax-m3", "block_indices")],
 )
 def test_generate_delegated(name, reason, mode, *, decoder, make_batch, assert_same):
     model = decoder(name)

@@ -125,9 +125,9 @@ def test_forward_in_pieces(model, make_batch, extend):
     _assert_same_cache(*caches)
 
 
-def _states(added, *, size=2, dtype=torch.float32):
+def _states(added, *, size=2, heads=3, dtype=torch.float32):
     # As of a projection: the axes of heads and tokens are transposed.
-    k, v = (torch.randn(size, added, 3, dim, dtype=dtype).transpose(1, 2) for dim in (4, 6))
+    k, v = (torch.randn(size, added, heads, dim, dtype=dtype).transpose(1, 2) for dim in (4, 6))
     return k, v
 
 
@@ -146,7 +146,7 @@ def _assert_same_layer(actual, expected):
         assert one is None or torch.equal(one, other)
 
 
-def _draw_operation(draw, kind, size):
+def _draw_operation(draw, kind, *, size, heads):
     """Returns the name and the arguments of a method of a layer, and the batch size after it."""
     name = draw.choice(
         ["update"] * 16
@@ -159,7 +159,7 @@ def _draw_operation(draw, kind, size):
     if name == "record" and kind is DynamicLayer:
         name = "reset"
     arguments = {
-        "update": lambda: _states(draw.choice([1, 1, 1, 2, 5, WINDOW, 30]), size=size),
+        "update": lambda: _states(draw.choice([1, 1, 1, 2, 5, WINDOW, 30]), size=size, heads=heads),
         "crop": lambda: (-draw.choice([0, 1, 1, 2, 5, 40 if kind is DynamicLayer else 3]),),
         "reorder_cache": lambda: (torch.tensor([draw.randrange(size) for _ in range(size)]),),
         "record": lambda: (draw.random() < 0.5,),
@@ -183,15 +183,16 @@ def _apply(layer, name, arguments):
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("kind", [DynamicLayer, DynamicSlidingWindowLayer])
+@pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("seed", range(6))
-def test_random_operations(kind, seed, context):
+def test_random_operations(kind, seed, heads, context):
     draw = random.Random(seed)
     torch.manual_seed(seed)
     actual, expected = _layers(kind)
     size = 2
     with context():
         for _ in range(150):
-            name, arguments, size_after = _draw_operation(draw, kind, size)
+            name, arguments, size_after = _draw_operation(draw, kind, size=size, heads=heads)
             if expected.get_seq_length() == 0 and name != "update":
                 # Empty layers keep their batch size, and those without any tensor cannot be cropped.
                 continue

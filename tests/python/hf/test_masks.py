@@ -11,8 +11,9 @@ from transformers import LlamaConfig, masking_utils
 import subquad.hf
 from subquad.hf import registry
 from subquad.hf.attention import attention_forward
+from subquad.hf.mask_functions import describe
 from subquad.hf.masks import structured_mask
-from subquad.hf.patterns import Pattern, Span, describe
+from subquad.hf.patterns import Pattern, Span
 from subquad.hf.structured_mask import DenseForm, StructuredMask
 
 if "q_length" not in inspect.signature(masking_utils.sdpa_mask).parameters:
@@ -44,6 +45,11 @@ def _dense(arguments):
     return masking_utils.sdpa_mask(**{**arguments, **forced})
 
 
+def _dense_of(mask, q_length, kv_length):
+    # Torch warns of arrays that must not be written to.
+    return torch.from_numpy(mask.dense(2, q_length, kv_length).copy())
+
+
 def _expand(call, q_length, kv_length):
     """The tensor that one call's arguments stand for."""
     positions, keys = torch.arange(q_length) + call.visible - q_length, torch.arange(call.visible)
@@ -57,7 +63,7 @@ def _expand(call, q_length, kv_length):
     if call.bias is not None:
         mask = mask & call.bias
     if call.mask is not None:
-        mask = mask & torch.from_numpy(call.mask.dense(2, q_length, call.visible))[:, None]
+        mask = mask & _dense_of(call.mask, q_length, call.visible)[:, None]
     return torch.nn.functional.pad(mask, (0, kv_length - call.visible))
 
 
@@ -142,11 +148,11 @@ def _of_model(create, **others):
 def test_queries_that_are_padding():
     """They see nothing where they are tokens of their own; what attends to an encoder's padding is none."""
     own = _of_model(masking_utils.create_bidirectional_mask).for_call(5, 5)
-    assert not torch.from_numpy(own.mask.dense(2, 5, 5))[0, 3:].any()
+    assert not _dense_of(own.mask, 5, 5)[0, 3:].any()
     encoder = _of_model(
         masking_utils.create_bidirectional_mask, encoder_hidden_states=torch.zeros(2, 5, 8)
     ).for_call(5, 5)
-    assert torch.from_numpy(encoder.mask.dense(2, 5, 5))[0, 3:, :3].all()
+    assert _dense_of(encoder.mask, 5, 5)[0, 3:, :3].all()
 
 
 def test_keys_that_the_padding_mask_lacks_are_hidden():
@@ -182,6 +188,8 @@ NO_PADDING = torch.zeros(2, dtype=torch.long)
 PADDED = masking_utils.padding_mask_function(torch.ones(2, 9, dtype=torch.bool))
 
 
+IMAGES = torch.tensor([[-1, 0, 0, -1, 1, 1, 1, -1, -1], [0, 0, 0, 0, -1, -1, -1, 1, 1]])
+BLOCKS = masking_utils.blockwise_overlay
 PACKED = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [0] * 9])
 DOCUMENTS = masking_utils.packed_sequence_mask_function(PACKED)
 IN_DOCUMENTS = masking_utils.remap_positions_for_packed_sequence
@@ -199,15 +207,17 @@ IN_DOCUMENTS = masking_utils.remap_positions_for_packed_sequence
         (TWO_WAY(8), Span(0, 8, 0, 8), Pattern()),
         (TWO_WAY(7), Span(0, 8, 0, 8), Pattern(left=7, right=7)),
         (CHUNKS(9, NO_PADDING), Span(0, 8, 0, 8), Pattern(causal=True)),
-        (CHUNKS(8, NO_PADDING), Span(0, 8, 0, 8), Pattern(causal=True, chunk=8)),
-        (CHUNKS(4, NO_PADDING), Span(9, 9, 4, 9), Pattern(causal=True, chunk=4)),
-        (CHUNKS(4, NO_PADDING), Span(9, 9, 5, 9), None),
         (CHUNKS(8, NO_PADDING + 1), Span(0, 8, 0, 8), Pattern(causal=True)),
-        (CHUNKS(8, torch.tensor([1, 0])), Span(0, 8, 0, 8), None),
         (masking_utils.and_masks(WINDOW(8), WINDOW(3)), Span(0, 8, 0, 8), Pattern(causal=True, left=2)),
-        (masking_utils.and_masks(CHUNKS(4, NO_PADDING), CHUNKS(3, NO_PADDING)), Span(0, 8, 0, 8), None),
         (masking_utils.and_masks(CAUSAL, PADDED), Span(0, 8, 0, 8), None),
-        (masking_utils.or_masks(CAUSAL, CAUSAL), Span(0, 8, 0, 8), None),
+        (masking_utils.or_masks(CAUSAL, CAUSAL), Span(0, 8, 0, 8), Pattern(causal=True)),
+        (masking_utils.or_masks(WINDOW(3), CAUSAL), Span(0, 8, 0, 8), Pattern(
+            either=((Pattern(causal=True, left=2), Pattern(causal=True)),))),
+        (masking_utils.or_masks(CAUSAL, PADDED), Span(0, 8, 0, 8), None),
+        (masking_utils.or_masks(), Span(0, 8, 0, 8), None),
+        (BLOCKS(IMAGES[:, :8]), Span(0, 8, 0, 8), None),
+        (BLOCKS(IMAGES.float()), Span(0, 8, 0, 8), None),
+        (masking_utils.and_masks(IN_DOCUMENTS(BLOCKS(IMAGES), PACKED), DOCUMENTS), Span(0, 8, 0, 8), None),
         (IN_DOCUMENTS(CAUSAL, PACKED), Span(0, 8, 0, 8), None),
         (lambda batch, head, q, k: k <= q, Span(0, 8, 0, 8), None),
     ],
@@ -245,18 +255,90 @@ def test_two_way_windows():
     assert torch.equal(_expand(call, 9, 9), _dense(arguments))
 
 
-@pytest.mark.parametrize("lengths", [(9, 9, 0), (1, 9, 8), (4, 9, 5)])
-def test_chunks(lengths):
-    q_length, kv_length, _ = lengths
-    arguments = _arguments(*lengths, function=CHUNKS(4, NO_PADDING), local_size=4)
-    _assert_stands_for(structured_mask(**arguments).for_call(q_length, kv_length), arguments)
+@pytest.mark.parametrize("left", [None, 0, 1, 3])
+@pytest.mark.parametrize("lengths", [(9, 9, 0), (1, 9, 8), (4, 9, 5), (4, 9, 2), (1, 9, 4)])
+def test_chunks(lengths, left):
+    q_length, kv_length, offset = lengths
+    padding = None if left is None else _padding(offset + q_length, left=left)
+    function = CHUNKS(4, torch.tensor([left or 0, 0]))
+    arguments = _arguments(*lengths, padding=padding, function=function, local_size=4)
+    mask = structured_mask(**arguments)
+    _assert_stands_for(mask.for_call(q_length, kv_length), arguments)
+    assert torch.equal(mask.dense(), _dense(arguments))
+
+
+@pytest.mark.parametrize("left", [0, 2])
+def test_chunks_of_a_cache_that_forgets(left):
+    function = CHUNKS(4, torch.tensor([left, 0]))
+    arguments = _arguments(2, 6, 9, kv_offset=5, padding=_padding(11, left=left), function=function)
+    arguments["local_size"] = 4
+    _assert_stands_for(structured_mask(**arguments).for_call(2, 6), arguments)
+
+
+def _with_images(kind, ids):
+    blocks = BLOCKS(ids)
+    if kind == "all":
+        return masking_utils.or_masks(CAUSAL, blocks)
+    if kind == "window of all":
+        inner = masking_utils.or_masks(CAUSAL, blocks)
+        return masking_utils.and_masks(inner, masking_utils.sliding_window_overlay(3))
+    return masking_utils.or_masks(WINDOW(3), blocks)
+
+
+@pytest.mark.parametrize("kind", ["all", "window of all", "window or block"])
+@pytest.mark.parametrize("padding", [None, (2, 0), (0, 2)])
+@pytest.mark.parametrize(
+    ("lengths", "kv_offset"),
+    [((9, 9, 0), 0), ((4, 9, 5), 0), ((1, 9, 8), 0), ((9, 14, 0), 0), ((3, 14, 6), 0), ((3, 6, 6), 3)],
+)
+def test_images(lengths, kv_offset, padding, kind):
+    q_length, kv_length, offset = lengths
+    total = offset + q_length
+    # As transformers does: places that no token has are in no block.
+    ids = torch.nn.functional.pad(IMAGES, (0, 5), value=-1)
+    given = None if padding is None else _padding(total, *padding)
+    arguments = _arguments(
+        *lengths,
+        kv_offset=kv_offset,
+        padding=given,
+        function=_with_images(kind, ids),
+        allow_is_causal_skip=False,
+    )
+    mask = structured_mask(**arguments)
+    assert isinstance(mask, StructuredMask)
+    call = mask.for_call(q_length, kv_length)
+    assert call.visible == total - kv_offset
+    assert call.bias is None
+    _assert_stands_for(call, arguments)
+
+
+def test_images_that_are_not_in_the_cache_yet_need_the_tensor():
+    arguments = _arguments(5, 9, 0, function=_with_images("all", IMAGES), allow_is_causal_skip=False)
+    assert structured_mask(**arguments).for_call(5, 9) is None
+
+
+def test_last_token_reads_no_blocks():
+    arguments = _arguments(1, 9, 8, function=_with_images("all", IMAGES), allow_is_causal_skip=False)
+    assert structured_mask(**arguments).for_call(1, 9).mask is None
+
+
+@pytest.mark.parametrize("function", [CAUSAL, WINDOW(3), CHUNKS(2, NO_PADDING)])
+@pytest.mark.parametrize("images", [False, True])
+def test_packed_documents_of_every_kind(function, images):
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1], list(range(9))])
+    mask = IN_DOCUMENTS(function, positions)
+    mask = masking_utils.or_masks(mask, BLOCKS(IMAGES)) if images else mask
+    arguments = _arguments(
+        9, 9, function=masking_utils.and_masks(mask, DOCUMENTS), allow_is_causal_skip=False
+    )
+    _assert_stands_for(structured_mask(**arguments).for_call(9, 9), arguments)
 
 
 @pytest.mark.parametrize(
     "others",
     [
         {"allow_is_causal_skip": False},
-        {"function": masking_utils.or_masks(CAUSAL, CAUSAL)},
+        {"function": masking_utils.or_masks(CAUSAL, PADDED)},
     ],
 )
 def test_tensor_where_one_is_needed(others):

@@ -324,9 +324,19 @@ def test_report(decoder, make_batch):
         "Gemma3ForCausalLM: patched by subquad\n"
         "  replaced: Gemma3Attention x2 (was sdpa)\n"
         "  generate: growing caches\n"
-        "  computed by subquad: 2 calls\n"
-        "    with a dense mask: sliding_window: 1 call"
+        "  computed by subquad: 2 calls"
     )
+
+
+def test_report_of_dense_masks(decoder, make_batch):
+    model = decoder("gemma3")
+    ids = make_batch(12).ids
+    mask = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
+    with torch.no_grad(), subquad.hf.patch(model) as handle:
+        model(ids, attention_mask=mask)
+        report = handle.report()
+    assert dict(report.dense) == {"sliding_window": 1, "mask of the model": 1}
+    assert "    with a dense mask: sliding_window: 1 call\n" in str(report)
 
 
 def test_importing_subquad_imports_no_framework():
