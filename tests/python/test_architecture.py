@@ -19,7 +19,7 @@ LAYERS = [
     {"masks": {"numpy"}, "normalizers": set(), "biases": {"numpy"}},
     {"_runtime": set(), "ops": set(), "reference": {"numpy"}},
     {"testing": {"numpy"}, "flash_attn": set()},
-    {"torch": {"torch"}},
+    {"torch": {"torch", "numpy"}},
     {"hf": {"torch", "transformers", "numpy"}},
     {"cli": {"numpy", "torch"}},
 ]

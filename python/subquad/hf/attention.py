@@ -27,10 +27,13 @@ _HARMLESS = frozenset(
         "cu_seq_lens_k",
         "cu_seq_lens_q",
         "deterministic",
+        "grid_thw",
+        "image_sizes",
         "input_ids",
         "logits_to_keep",
         "max_length_k",
         "max_length_q",
+        "max_new_tokens",
         "mm_token_type_ids",
         "num_items_in_batch",
         "output_hidden_states",
@@ -62,8 +65,11 @@ def _refused_argument(call: Call, *, wants_weights: bool) -> str | None:
         return name if name in _NOT_IMPLEMENTED else f"{name} (unknown keyword argument)"
     if kwargs.get("dropout"):
         return "dropout"
-    if type(kwargs.get("scaling")) not in _SCALINGS:
-        return f"scaling of type {type(kwargs['scaling']).__name__}"
+    scaling = kwargs.get("scaling")
+    # Some models compute it on tensors of one element.
+    is_element = isinstance(scaling, torch.Tensor) and scaling.numel() == 1 and not scaling.requires_grad
+    if type(scaling) not in _SCALINGS and not is_element:
+        return f"scaling of type {type(scaling).__name__}"
     if not _is_softcap(kwargs.get("softcap")):
         return "softcap that is no positive number"
     wanted = kwargs.get("output_attentions")
@@ -210,6 +216,7 @@ def _express(binding: Binding, call: Call) -> CallMask | str:
 
 def _compute(call: Call, mask: CallMask, latents: Latents | None) -> torch.Tensor:
     scale = call.kwargs.get("scaling")
+    scale = scale if scale is None else float(scale)
     if latents is not None:
         query, key, value = latents.absorb(call.query, mask.visible)
         # The default is that of the queries as they came.

@@ -105,6 +105,14 @@ def asks_for_sdpa(module: torch.nn.Module) -> bool:
     )
 
 
+def extends_masks(module: torch.nn.Module) -> bool:
+    """Whether the code that calls attention looks whether a mask is a tensor, as it does where it adds keys to it."""
+    return find_seam(module) is not None and any(
+        {"isinstance", "Tensor"} <= _names(function) and "attention_mask" in function.__code__.co_varnames
+        for function in _own_functions(type(module))
+    )
+
+
 def interface_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Returns the modules of a model whose attention goes through the interface."""
     return [module for module in model.modules() if find_seam(module) is not None]

@@ -70,7 +70,8 @@ def _padding_of_keys(arguments: dict[str, Any], kv_offset: int) -> torch.Tensor 
     given, length = arguments.get("attention_mask"), arguments["kv_length"]
     if given is None:
         return None
-    given = given[:, kv_offset : kv_offset + length].to(torch.bool)
+    # Rows beyond the batch are not looked at, as in transformers.
+    given = given[: arguments["batch_size"], kv_offset : kv_offset + length].to(torch.bool)
     missing = length - given.shape[1]
     return torch.nn.functional.pad(given, (0, missing)) if missing > 0 else given
 
@@ -153,7 +154,8 @@ def structured_mask(**arguments: Any) -> Any:
     entry = registry.find_like(arguments.get("config"))
     implementation = "sdpa" if entry is None else entry.implementation
     original: Callable[..., Any] = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
-    if is_tracing(given) or not _on_cpu(arguments.get("device", "cpu")):
+    needs_tensor = entry is not None and entry.extends_masks
+    if needs_tensor or is_tracing(given) or not _on_cpu(arguments.get("device", "cpu")):
         return original(**arguments)
     request = _recognise(arguments)
     if request is None:

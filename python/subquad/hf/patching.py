@@ -17,7 +17,7 @@ from subquad.hf import registry
 from subquad.hf.attention import MAX_HEAD_DIM, attention_forward
 from subquad.hf.delegate import ATTRIBUTE, Binding, Original, binding_of
 from subquad.hf.growing_cache import GenerateCaches, use_in_generate
-from subquad.hf.interface import asks_for_sdpa, bypassing_modules, find_seam, interface_modules
+from subquad.hf.interface import asks_for_sdpa, bypassing_modules, extends_masks, find_seam, interface_modules
 from subquad.hf.masks import structured_mask
 from subquad.hf.mla import expand_again, is_latent, read_latents
 from subquad.hf.report import Coverage, Latent, LeftAlone, Replaced, Report, Tally, take_report
@@ -189,7 +189,8 @@ def _switch(model: PreTrainedModel, tally: Tally) -> list[Any]:
     configs = _configs(model)
     before = [(config, config._attn_implementation) for config in configs]
     # One module of each class will do.
-    asks = any(map(asks_for_sdpa, {type(module): module for module in model.modules()}.values()))
+    examples = {type(module): module for module in model.modules()}.values()
+    asks, extends = any(map(asks_for_sdpa, examples)), any(map(extends_masks, examples))
     registry.register(attention_forward, structured_mask)
     try:
         model.set_attn_implementation(registry.NAME)
@@ -201,7 +202,7 @@ def _switch(model: PreTrainedModel, tally: Tally) -> list[Any]:
     held = []
     for config, name in before:
         if config._attn_implementation == registry.NAME:
-            registry.hold(registry.PatchedConfig(config, name, asks, ()), tally)
+            registry.hold(registry.PatchedConfig(config, name, asks, extends, ()), tally)
             held.append(config)
     return held
 

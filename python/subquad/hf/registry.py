@@ -7,7 +7,7 @@ one model is therefore looked up by the identity of its configuration.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers.masking_utils import AttentionMaskInterface
@@ -28,12 +28,14 @@ class PatchedConfig:
         config: The configuration.
         original: The name it had; `None` if it never had one.
         asks_for_sdpa: Whether code of the model compares the name with "sdpa".
+        extends_masks: Whether code of the model has a use for masks only if they are tensors.
         tallies: Counts of the patches that hold it, one for each; it is restored when none is left.
     """
 
     config: Any
     original: str | None
     asks_for_sdpa: bool
+    extends_masks: bool
     tallies: tuple[Tally, ...]
 
     @property
@@ -68,7 +70,7 @@ def hold(entry: PatchedConfig, tally: Tally) -> None:
     """Adds a patch to a configuration's holders, and the configuration to the table if it is new there."""
     global _patched  # noqa: PLW0603 - the table of this process, as transformers' tables are
     known = find(entry.config) or entry
-    held = PatchedConfig(known.config, known.original, known.asks_for_sdpa, (*known.tallies, tally))
+    held = replace(known, tallies=(*known.tallies, tally))
     _patched = (*(one for one in _patched if one.config is not entry.config), held)
 
 
@@ -87,7 +89,7 @@ def release(config: object, tally: Tally) -> PatchedConfig | None:
     if not left:
         _patched = rest
         return entry
-    _patched = (*rest, PatchedConfig(entry.config, entry.original, entry.asks_for_sdpa, left))
+    _patched = (*rest, replace(entry, tallies=left))
     return None
 
 

@@ -103,19 +103,25 @@ def test_position_bias(original, make_batch):
     assert (report.computed, report.delegated) == (6, ())
 
 
-@pytest.mark.parametrize("original", ["sdpa", "eager"])
 @pytest.mark.parametrize(
-    ("given", "reason"),
+    ("given", "reason", "original"),
     [
-        ({"softcap": 30.0}, "softcap"),
-        ({"s_aux": torch.zeros(4)}, "s_aux"),
-        ({"sinks": torch.zeros(2, 4, 5, 1)}, "sinks"),
-        ({"position_bias": torch.randn(2, 4, 5, 5)}, "position_bias"),
-        ({"indices": torch.tensor([[[0, 1]] * 5] * 2)}, "indices"),
-        ({"output_attentions": True}, "output_attentions"),
-        ({"no_such_argument": 1}, "no_such_argument (unknown keyword argument)"),
-        ({"no_such_argument": False}, "no_such_argument (unknown keyword argument)"),
-        ({"sliding_window": 3}, "sliding_window"),
+        # With "sdpa", subquad computes these two.
+        ({"softcap": 30.0}, "softcap", "eager"),
+        ({"position_bias": torch.randn(2, 4, 5, 5)}, "position_bias", "eager"),
+        *(
+            (given, reason, original)
+            for original in ("sdpa", "eager")
+            for given, reason in [
+                ({"s_aux": torch.zeros(4)}, "s_aux"),
+                ({"sinks": torch.zeros(2, 4, 5, 1)}, "sinks"),
+                ({"indices": torch.tensor([[[0, 1]] * 5] * 2)}, "indices"),
+                ({"output_attentions": True}, "output_attentions"),
+                ({"no_such_argument": 1}, "no_such_argument (unknown keyword argument)"),
+                ({"no_such_argument": False}, "no_such_argument (unknown keyword argument)"),
+                ({"sliding_window": 3}, "sliding_window"),
+            ]
+        ),
     ],
 )
 def test_arguments(given, reason, original, decoder, monkeypatch):
@@ -129,8 +135,6 @@ def test_arguments(given, reason, original, decoder, monkeypatch):
         seen = kwargs
         return "answer"
 
-    if original == "sdpa" and reason in ("softcap", "position_bias"):
-        pytest.skip("computed: test_every_argument")
     # What the original makes of an argument is its affair: it has to get it, and its answer to be returned.
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", answer)
     with torch.no_grad(), subquad.hf.patch(model) as handle:
@@ -401,7 +405,6 @@ _CAUSAL = torch.where(torch.ones(5, 5, dtype=torch.bool).tril(), 0.0, torch.finf
         ({"sliding_window": 3}, "sliding_window", "sliding_window"),
         ({"sliding_window": 5}, None, None),
         ({"scaling": 1.7}, None, None),
-        ({"scaling": torch.tensor(1.7)}, "scaling of type Tensor", None),
         ({"is_causal": True}, None, None),
         ({"is_causal": False}, None, None),
         ({"output_attentions": True}, "output_attentions", "output_attentions"),
@@ -417,8 +420,6 @@ def test_every_argument(original, mask, given, eager, sdpa, decoder, assert_same
     if reason == "sliding_window" and mask is not None:
         # Neither function reads it: the mask has the window.
         reason = None
-    if mask is None and torch.is_tensor(given.get("scaling")) and original == "sdpa":
-        pytest.skip("SDPA takes numbers")
     with torch.no_grad():
         expected = _call(model, mask, **given)[0]
         with subquad.hf.patch(model) as handle:
@@ -426,6 +427,21 @@ def test_every_argument(original, mask, given, eager, sdpa, decoder, assert_same
             report = handle.report()
     assert _reasons(handle) == ({} if reason is None else {(reason, original): 1})
     assert report.computed == (reason is None)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "reason"),
+    [(torch.tensor(1.7), None), (torch.ones(1, 4, 1, 1), "scaling of type Tensor")],
+    ids=["one element", "by head"],
+)
+def test_scaling_as_a_tensor(scaling, reason, decoder, assert_same):
+    model = decoder("llama")
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = _call(model, _CAUSAL, scaling=scaling)[0]
+        with subquad.hf.patch(model) as handle:
+            assert_same(_call(model, _CAUSAL, scaling=scaling)[0], expected)
+            assert _reasons(handle) == ({} if reason is None else {(reason, "eager"): 1})
 
 
 @pytest.mark.parametrize("given", [{"softcap": 1.5}, {"s_aux": _OF_HEADS}], ids=["softcap", "s_aux"])

@@ -66,7 +66,7 @@ def test_other_lengths_are_refused():
     q, k, v = (torch.randn(1, 100, 2, 16) for _ in range(3))
     with pytest.raises(ValueError, match=r"mask: .*100 queries.*\(64, 64\)"):
         subquad.attention(q, k, v, mask=create_block_mask(causal, None, None, 64, 64, device="cpu"))
-    with pytest.raises(ValueError, match="mask: .*sequences"):
+    with pytest.raises(ValueError, match=r"mask: .*sequences"):
         subquad.attention(q, k, v, mask=create_block_mask(causal, 3, None, 100, 100, device="cpu"))
 
 

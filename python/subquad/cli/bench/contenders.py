@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 import subquad
 from subquad import _native
 from subquad.cli.bench.shapes import Shape
-from subquad.cli.bench.tensors import Inputs
-from subquad.cli.bench.timing import Contender, timed
+from subquad.cli.bench.tensors import Inputs, in_library
+from subquad.cli.bench.timing import Contender, timed, timed_once
 
 # The probe reports the best of its time. The median of a few is neither a lucky moment of the clock nor one
 # in which another process had the core.
@@ -65,21 +67,37 @@ def read(arrays: Sequence[Any], threads: int, *, use_torch: bool) -> Contender:
 def ours_call(shape: Shape, inputs: Inputs) -> Callable[[], Any]:
     """Returns a call of `subquad.attention` that allocates its output."""
     q, k, v = inputs
-    return lambda: subquad.attention(q, k, v, causal=shape.causal)
+    options = {
+        name: in_library(value, q) if isinstance(value, np.ndarray) else value
+        for name, value in shape.options().items()
+    }
+    return lambda: subquad.attention(q, k, v, **options)
 
 
-def sdpa_calls(shape: Shape, inputs: Inputs) -> tuple[Callable[[], Any], Callable[[], Any]] | None:
+def sdpa_calls(
+    shape: Shape, inputs: Inputs, mask: Any | None = None
+) -> tuple[Callable[[], Any], Callable[[], Any]] | None:
     """Returns a call of our SDPA and one of torch's, on the same values.
 
     Inputs and results are contiguous in torch's order `[B, H, S, D]`. `None` for what torch cannot do without
     a mask, causal with unequal lengths: its `is_causal` aligns top-left.
+
+    Args:
+        shape: What to compute.
+        inputs: From what.
+        mask: A tensor that says which keys are seen, broadcastable to `[B, H, Sq, Sk]`, in the place of
+            `shape.causal`.
     """
-    if shape.causal and shape.queries != shape.keys:
+    if mask is None and shape.causal and shape.queries != shape.keys:
         return None
     from torch.nn import functional
 
     q, k, v = (tensor.transpose(1, 2).contiguous() for tensor in inputs)
-    options = {"is_causal": shape.causal, "enable_gqa": shape.heads != shape.kv_heads}
+    options = {
+        "attn_mask": mask,
+        "is_causal": shape.causal and mask is None,
+        "enable_gqa": shape.heads != shape.kv_heads,
+    }
 
     def bind(function: Callable[..., Any]) -> Callable[[], Any]:
         return lambda: function(q, k, v, **options)
@@ -87,6 +105,13 @@ def sdpa_calls(shape: Shape, inputs: Inputs) -> tuple[Callable[[], Any], Callabl
     return bind(subquad.scaled_dot_product_attention), bind(functional.scaled_dot_product_attention)
 
 
-def attention(name: str, call: Callable[[], Any], threads: int, *, use_torch: bool) -> Contender:
-    """Returns a contender that times `call`, in seconds."""
-    return Contender(f"{name}/{threads}", timed(call), lambda: set_threads(threads, use_torch=use_torch))
+def attention(
+    name: str, call: Callable[[], Any], threads: int, *, use_torch: bool, is_slow: bool = False
+) -> Contender:
+    """Returns a contender that times `call`, in seconds; one that is slow in a single call of the first round."""
+    return Contender(
+        f"{name}/{threads}",
+        timed_once(call) if is_slow else timed(call),
+        lambda: set_threads(threads, use_torch=use_torch),
+        rounds=1 if is_slow else None,
+    )

@@ -4,7 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from subquad.cli.bench.shapes import ITEM_BYTES, Shape, check_count, check_flag, check_floor, check_limit
+from subquad.cli.bench.shapes import (
+    ITEM_BYTES,
+    Shape,
+    check_count,
+    check_flag,
+    check_floor,
+    check_limit,
+    check_torch_floor,
+)
 
 LAYOUTS = ("bhsd", "bshd")
 
@@ -79,10 +87,7 @@ class DecodeShape(Shape):
 
     def _check_requirements(self) -> None:
         check_floor(self.floor, self.dtypes)
-        if not isinstance(self.torch_floor, Mapping) or set(self.torch_floor) - set(self.dtypes):
-            raise ValueError(f"torch_floor must give a number for some of dtypes, got {self.torch_floor!r}")
-        for ratio in self.torch_floor.values():
-            check_limit("torch_floor", ratio)
+        check_torch_floor(self.torch_floor, self.dtypes)
         check_limit("limit_us", self.limit_us)
         check_limit("limit_ratio", self.limit_ratio)
         if not isinstance(self.against, str) or self.against == self.name:

@@ -23,6 +23,11 @@ _ROWS = (
         "few queries and a long cache, share of the read bandwidth and ratio to torch",
         "subquad.cli.bench.decode",
     ),
+    Bench(
+        "masks",
+        "masks, modifiers of scores and several lengths, beside plain calls of as much work",
+        "subquad.cli.bench.masks",
+    ),
     Bench("latency", "overhead of the smallest call", "subquad.cli.bench.latency"),
     Bench("memory", "memory beyond inputs and outputs of a long call", "subquad.cli.bench.memory"),
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from subquad.cli.bench.decode_shape import DecodeShape
+from subquad.cli.bench.mask_shape import MaskShape
 from subquad.cli.bench.shapes import ExactShape, LatencyShape, MemoryShape, Shape
 from subquad.cli.errors import UserError
 
@@ -15,6 +16,7 @@ AnyShape = TypeVar("AnyShape", bound=Shape)
 TABLES: dict[str, type[Shape]] = {
     "exact": ExactShape,
     "decode": DecodeShape,
+    "masks": MaskShape,
     "latency": LatencyShape,
     "memory": MemoryShape,
 }

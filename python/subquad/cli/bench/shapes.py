@@ -9,6 +9,7 @@ from subquad.cli.arguments import MAX_THREADS
 ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 DTYPES = tuple(ITEM_BYTES)
 LEVELS = ("scalar", "avx2", "avx512", "avx512bf16")
+_ALL = slice(None)
 
 
 def _check_list(name: str, values: Any, is_valid: Callable[[Any], bool], expected: str) -> None:
@@ -46,6 +47,14 @@ def check_floor(floor: Any, dtypes: tuple[str, ...]) -> None:
     for floors in floor.values():
         for percent in floors.values():
             check_limit("floor", percent)
+
+
+def check_torch_floor(floor: Any, dtypes: tuple[str, ...]) -> None:
+    """Raises `ValueError` unless a floor gives a number for some of the dtypes."""
+    if not isinstance(floor, Mapping) or set(floor) - set(dtypes):
+        raise ValueError(f"torch_floor must give a number for some of dtypes, got {floor!r}")
+    for ratio in floor.values():
+        check_limit("torch_floor", ratio)
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,13 @@ class Shape:
             lambda count: type(count) is int and 1 <= count <= MAX_THREADS,
             f"whole numbers from 1 to {MAX_THREADS}",
         )
+
+    def options(self, heads: slice = _ALL) -> dict[str, Any]:
+        """Returns the keyword arguments that the call has beside its inputs, for all heads or some.
+
+        Arrays are NumPy arrays.
+        """
+        return {"causal": self.causal}
 
     def keys_of(self, entry: int) -> int:
         """Returns the number of keys of a batch entry."""

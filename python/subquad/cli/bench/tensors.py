@@ -84,7 +84,11 @@ def full(size: tuple[int, ...], value: float, like: Any) -> Any:
 
 def integers(values: npt.ArrayLike, like: Any) -> Any:
     """Returns an array of int32, of the library of another."""
-    array = np.array(values, np.int32)
+    return in_library(np.array(values, np.int32), like)
+
+
+def in_library(array: npt.NDArray[Any], like: Any) -> Any:
+    """Returns an array as one of the library of another, with its own dtype."""
     if isinstance(like, np.ndarray):
         return array
     import torch

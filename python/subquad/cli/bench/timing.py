@@ -27,11 +27,13 @@ class Contender:
         name: What it is called.
         measure: Takes one sample: seconds for one call, or the rate of a probe.
         prepare: Called before each sample, not timed.
+        rounds: The first rounds that it takes part in; `None` for all.
     """
 
     name: str
     measure: Callable[[], float]
     prepare: Callable[[], object] = field(default=lambda: None)
+    rounds: int | None = None
 
 
 def timed(call: Callable[[], object]) -> Callable[[], float]:
@@ -71,6 +73,17 @@ def timed(call: Callable[[], object]) -> Callable[[], float]:
     return sample
 
 
+def timed_once(call: Callable[[], object]) -> Callable[[], float]:
+    """Returns a function that makes one call and returns its seconds: for a call of seconds, without warm-up."""
+
+    def sample() -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    return sample
+
+
 def interleave(contenders: Sequence[Contender], *, repeat: int, time_budget: float) -> dict[str, list[float]]:
     """Measures contenders in turn.
 
@@ -80,7 +93,7 @@ def interleave(contenders: Sequence[Contender], *, repeat: int, time_budget: flo
         time_budget: Seconds after which no further round is started, once there are three.
 
     Returns:
-        For each name its samples, one for each round.
+        For each name its samples, one for each round that the contender took part in.
     """
     samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     begin = time.perf_counter()
@@ -88,6 +101,8 @@ def interleave(contenders: Sequence[Contender], *, repeat: int, time_budget: flo
         if index >= _MIN_ROUNDS and time.perf_counter() - begin > time_budget:
             break
         for contender in contenders:
+            if contender.rounds is not None and index >= contender.rounds:
+                continue
             contender.prepare()
             time.sleep(_SETTLE_SECONDS)
             samples[contender.name].append(contender.measure())

@@ -44,7 +44,7 @@ def _oracle_error(shape: Shape, inputs: Inputs, out: Any, entry: int, rows: slic
     for head in range(shape.kv_heads):
         shared, heads = slice(head, head + 1), slice(head * group, (head + 1) * group)
         k, v = (to_float64(array[one, :visible, shared]) for array in (inputs.k, inputs.v))
-        expected = exact.attention(to_float64(inputs.q[one, rows, heads]), k, v, causal=shape.causal)
+        expected = exact.attention(to_float64(inputs.q[one, rows, heads]), k, v, **shape.options(heads))
         errors.append(np.max(np.abs(to_float64(out[one, rows, heads]) - expected)))
     return float(np.max(errors))
 

@@ -51,6 +51,36 @@ dtypes = ["float32"]
 against = "row"
 limit_ratio = 1e6
 
+[[masks]]
+name = "window"
+heads = 4
+kv_heads = 2
+queries = 24
+head_dim = 8
+causal = true
+window = 5
+dtypes = ["float32", "bfloat16"]
+limit_ratio = 1e6
+torch_floor = { float32 = 1e-6 }
+
+[[masks]]
+name = "padded"
+heads = 2
+lengths = [3, 11]
+layout = "padded"
+head_dim = 8
+threads = [1, 2]
+dtypes = ["float32"]
+torch_floor = { float32 = 1e-6 }
+
+[[masks]]
+name = "modified"
+queries = 24
+head_dim = 8
+causal = true
+modifiers = { softcap = 1e6, sinks = 1e6 }
+dtypes = ["float32"]
+
 [[latency]]
 name = "small"
 queries = 4

@@ -50,6 +50,8 @@ def test_everything(cli, shapes, tmp_path):
         "append",
         "row",
         "pages",
+        "padded",
+        "modified softcap",
         "small",
         "long",
         "torch's own SDPA",
@@ -61,12 +63,15 @@ def test_everything(cli, shapes, tmp_path):
     assert answer.out.endswith(f"\nrecorded in {path}\n")
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["bench"] for row in rows] == ["exact"] * 4 + ["decode"] * 4 + ["latency"] * 4 + ["memory"]
+    assert [row["bench"] for row in rows] == ["exact"] * 4 + ["decode"] * 4 + ["masks"] * 6 + [
+        "latency"
+    ] * 4 + ["memory"]
     assert {row["check"] for row in rows} == {"ok"}
     document = json.loads(json_path.read_text())
     assert {name: len(each) for name, each in document["benches"].items()} == {
         "exact": 4,
         "decode": 4,
+        "masks": 6,
         "latency": 4,
         "memory": 1,
     }
@@ -116,6 +121,10 @@ def test_list(cli, shapes):
         "decode row/float32",
         "decode row/bfloat16",
         "decode pages/float32",
+        "masks window/float32",
+        "masks window/bfloat16",
+        "masks padded/float32",
+        "masks modified/float32",
         "latency small/float32",
         "memory long/float32",
     ]
@@ -130,7 +139,7 @@ def test_list_of_some(cli, shapes):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["exactly"], "unknown benchmark exactly; there are exact, decode, latency, memory"),
+        (["exactly"], "unknown benchmark exactly; there are exact, decode, masks, latency, memory"),
         (["--filter", "nothing*"], "--filter: no shape matches 'nothing*'"),
         (["latency", "--filter", "causal*"], "--filter: no shape matches 'causal*'"),
         (["--shapes", "absent.toml"], "cannot read absent.toml: No such file or directory"),

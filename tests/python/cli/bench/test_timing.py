@@ -3,7 +3,7 @@
 import pytest
 
 from subquad.cli.bench import timing
-from subquad.cli.bench.timing import Contender, interleave, paired_ratio, timed
+from subquad.cli.bench.timing import Contender, interleave, paired_ratio, timed, timed_once
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +56,18 @@ def test_turns(clock):
     samples = interleave([contender("a", 1.0), contender("b", 2.0)], repeat=2, time_budget=1.0)
     assert samples == {"a": [1.0, 1.0], "b": [2.0, 2.0]}
     assert log == ["a prepared", "a measured", "b prepared", "b measured"] * 2
+
+
+def test_a_slow_call_is_made_once(clock):
+    calls = []
+    sample = timed_once(lambda: (calls.append(None), clock.sleep(3.0)))
+    assert sample() == pytest.approx(3.0)
+    assert len(calls) == 1
+
+
+def test_some_take_part_in_the_first_rounds_only(clock):
+    field = [Contender("a", lambda: 1.0), Contender("b", lambda: 2.0, rounds=1)]
+    assert interleave(field, repeat=3, time_budget=1.0) == {"a": [1.0] * 3, "b": [2.0]}
 
 
 def test_every_sample_waits_for_threads_to_settle(clock):
