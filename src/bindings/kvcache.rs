@@ -239,6 +239,11 @@ fn key_layout(
     Ok((layout, lengths))
 }
 
+fn read_splits(given: Option<i64>) -> Result<Option<usize>, Error> {
+    let wrong = |n: i64| Error::Value { arg: "num_splits", expected: "None or at least 1".into(), got: n.to_string() };
+    given.filter(|&n| n != 0).map(|n| usize::try_from(n).map_err(|_| wrong(n))).transpose()
+}
+
 /// FlashAttention's `flash_attn_with_kvcache`; documented in `subquad.ops.kvcache`.
 #[pyfunction]
 #[pyo3(signature = (q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
@@ -332,14 +337,7 @@ pub fn attention_with_kvcache<'py>(
     let given = Given { softcap, alibi_slopes, sinks, ..Given::default() };
     let mut options = Options::read(&q, &shape, causal, windows, &given)?.with_segments(layout.segments(seqlen_q));
     options.set_scale(softmax_scale);
-    let num_splits = match num_splits {
-        None | Some(0) => None,
-        Some(n) => Some(usize::try_from(n).map_err(|_| Error::Value {
-            arg: "num_splits",
-            expected: "None or at least 1".into(),
-            got: n.to_string(),
-        })?),
-    };
+    let num_splits = read_splits(num_splits)?;
 
     let out = result::empty("out", &q, &[batch, seqlen_q, shape.num_heads, head_dim_v], dtype)?;
     let lse = return_softmax_lse

@@ -168,7 +168,7 @@ impl WindowSize {
         if object.is_instance_of::<PyString>() {
             return Err(kind().into());
         }
-        let items = object.try_iter().and_then(|items| items.collect::<PyResult<Vec<_>>>()).map_err(|_| kind())?;
+        let items = object.try_iter().and_then(Iterator::collect::<PyResult<Vec<_>>>).map_err(|_| kind())?;
         let nested: Option<Vec<Vec<Bound<'_, PyAny>>>> =
             items.iter().map(|item| item.try_iter().ok().and_then(|sides| sides.collect::<PyResult<_>>().ok())).collect();
         match nested {

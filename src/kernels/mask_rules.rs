@@ -17,7 +17,7 @@ pub struct Ids {
 impl Ids {
     /// Number of rows.
     pub fn rows(&self) -> usize {
-        if self.width == 0 { 1 } else { self.data.len() / self.width }
+        self.data.len().checked_div(self.width).unwrap_or(1)
     }
 
     fn row(&self, batch: usize) -> &[i64] {

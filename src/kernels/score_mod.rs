@@ -90,7 +90,7 @@ impl Normalizer {
             Self::Softplus => score.max(0.0) + (-score.abs()).exp().ln_1p(),
             Self::Relu { power, .. } => {
                 let positive = if score < 0.0 { 0.0 } else { score };
-                if power == 1.0 { positive } else { positive.powf(power) }
+                positive.powf(power)
             }
             Self::Power { power } => power * score.abs().log2(),
         }

@@ -7,8 +7,10 @@ use subquad::kernels::mask::{RowRanges, Window};
 use subquad::kernels::score_mod::Normalizer;
 use subquad::simd::SimdElement;
 
-/// Few and many queries, groups, keys of several blocks.
-const SHAPES: [(usize, usize, (usize, usize), (usize, usize)); 5] = [
+type Sizes = (usize, usize, (usize, usize), (usize, usize));
+
+/// Queries, keys, heads and widths: few and many queries, groups, keys of several blocks.
+const SHAPES: [Sizes; 5] = [
     (1, 700, (4, 2), (64, 40)),
     (5, 130, (3, 3), (20, 20)),
     (16, 600, (2, 1), (64, 64)),

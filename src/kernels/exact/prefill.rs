@@ -104,7 +104,7 @@ impl<T: SimdElement> Prefill<'_, T> {
             values.prefetch(part, panels);
         }
         let hulls: Vec<Range<usize>> =
-            (0..panels).map(|p| args.hull(&segment, task.kv_head, self.panel_rows::<K>(&task, p))).collect();
+            (0..panels).map(|p| args.hull(&segment, task.kv_head, panel_rows::<T, K>(&task, p))).collect();
         while !next.is_empty() {
             K::pack_keys(&keys, shape.head_dim, packed_keys);
             let finite = K::pack_values(&values, shape.head_dim_v, packed_values);
@@ -113,11 +113,9 @@ impl<T: SimdElement> Prefill<'_, T> {
             (keys, values) = (keys.moved(&next), values.moved(&next));
             let sees = |hull: &Range<usize>| hull.start < block.end && block.start < hull.end;
             let at_work = hulls.iter().filter(|hull| sees(hull)).count();
-            let mut part = 0;
-            for (p, hull) in hulls.iter().enumerate().filter(|(_, hull)| sees(hull)) {
+            for (part, (p, hull)) in hulls.iter().enumerate().filter(|(_, hull)| sees(hull)).enumerate() {
                 keys.prefetch(part, at_work);
                 values.prefetch(part, at_work);
-                part += 1;
                 let state = &mut state[p % slots * buffers.per_panel()..][..buffers.per_panel()];
                 let mut panel = self.panel::<I, K>(state, (&segment, &task), p);
                 // A panel is set up when it is first needed and written when it is done: between, it stays in the cache.
@@ -138,13 +136,6 @@ impl<T: SimdElement> Prefill<'_, T> {
             panel.start();
             panel.finish(self.out);
         }
-    }
-
-    /// Rows of a panel of a task.
-    #[inline(always)]
-    fn panel_rows<K: TileKernel<T>>(&self, task: &RowTask, p: usize) -> Range<usize> {
-        let first = task.first_row + p * K::PANEL;
-        first..(first + K::PANEL).min(task.first_row + task.rows)
     }
 
     /// The first block of `keys`, which begin with one, of which some row of the task sees a key; empty if there is none.
@@ -176,7 +167,14 @@ impl<T: SimdElement> Prefill<'_, T> {
         (segment, task): (&'s Segment, &RowTask),
         p: usize,
     ) -> Panel<'s, T, I, K> {
-        let rows = self.panel_rows::<K>(task, p);
+        let rows = panel_rows::<T, K>(task, p);
         Panel::new(self.args, &self.plan.buffers, state, (segment, task.kv_head), rows.start, rows.len())
     }
+}
+
+/// Rows of a panel of a task.
+#[inline(always)]
+fn panel_rows<T: SimdElement, K: TileKernel<T>>(task: &RowTask, p: usize) -> Range<usize> {
+    let first = task.first_row + p * K::PANEL;
+    first..(first + K::PANEL).min(task.first_row + task.rows)
 }

@@ -99,6 +99,13 @@ def _features(config: Any) -> list[torch.Tensor]:
     ]
 
 
+def _feature_masks(config: Any) -> list[torch.Tensor]:
+    positions = find(config, "max_source_positions")
+    # As long as the features first: a shorter mask would make some of them padding.
+    whole = [torch.ones(2, 2 * positions, dtype=_ONES.dtype)] if isinstance(positions, int) else []
+    return [*whole, _ONES]
+
+
 def _waves(config: Any) -> list[torch.Tensor]:
     length, bins = getattr(config, "max_length", None), getattr(config, "num_mel_bins", None)
     spectrogram = [noise(2, length, bins)] if isinstance(length, int) and isinstance(bins, int) else []
@@ -135,7 +142,7 @@ _MAKERS: dict[str, Callable[[Any], list[torch.Tensor]]] = {
     "input_features": _features,
     "input_ids": lambda config: [tokens()],
     "input_values": _waves,
-    **dict.fromkeys(("feature_attention_mask", "input_features_mask"), lambda config: [_ONES]),
+    **dict.fromkeys(("feature_attention_mask", "input_features_mask"), _feature_masks),
     **dict.fromkeys(("flattened_patches", "pixel_values", "pixel_values_videos"), images),
     **dict.fromkeys(("inputs_embeds", "latents", "query_embeds"), _embeddings),
 }
