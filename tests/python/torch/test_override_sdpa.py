@@ -98,7 +98,7 @@ def negated(x):
 
 def wide(x):
     """Heads that subquad refuses."""
-    return (x.repeat(1, 1, 1, 65),) * 3, {}
+    return (x.repeat(1, 1, 1, 129),) * 3, {}
 
 
 def subclass(x):
@@ -119,7 +119,7 @@ def subclass(x):
         (other_device, "device meta"),
         (nested, "type NestedTensor"),
         (negated, "a negated view"),
-        (wide, "subquad refuses it: query: head_dim 520 is not supported"),
+        (wide, "subquad refuses it: query: head_dim 1032 is not supported"),
         (subclass, "type Mine"),
     ],
 )
@@ -456,7 +456,7 @@ def test_the_report_is_a_snapshot_and_reads_well(x):
     assert lines[0] == "scaled_dot_product_attention: no longer overridden by subquad"
     assert lines[1] == "  computed by subquad: 1"
     assert lines[2] == "  delegated to torch: 2: dropout"
-    assert lines[3].startswith("  delegated to torch: 1: subquad refuses it: query: head_dim 520")
+    assert lines[3].startswith("  delegated to torch: 1: subquad refuses it: query: head_dim 1032")
     assert str(before).splitlines()[0] == "scaled_dot_product_attention: overridden by subquad"
 
 
