@@ -23,7 +23,9 @@ pub fn empty<'py>(arg: &'static str, like: &Array<'py>, shape: &[usize], dtype: 
         Kind::NumPy if same => numpy_empty(py)?.call1((shape, like.object.getattr(pyo3::intern!(py, "dtype"))?))?,
         Kind::NumPy | Kind::DLPack => numpy_empty(py)?.call1((shape, numpy_dtype(py, dtype)?))?,
     };
-    Array::import(arg, &object, Layout::InPlace)
+    let array = Array::import(arg, &object, Layout::InPlace)?;
+    array.memory.prefer_huge_pages(arg, array.itemsize())?;
+    Ok(array)
 }
 
 fn numpy_empty(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
