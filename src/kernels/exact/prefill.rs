@@ -111,7 +111,7 @@ impl<T: SimdElement> Prefill<'_, T> {
             let block = next;
             next = self.next_block(&segment, &task, block.start + block_k..seen.end);
             (keys, values) = (keys.moved(&next), values.moved(&next));
-            let sees = |hull: &Range<usize>| hull.start < block.end && block.start < hull.end;
+            let sees = |hull: &Range<usize>| !hull.is_empty() && hull.start < block.end && block.start < hull.end;
             let at_work = hulls.iter().filter(|hull| sees(hull)).count();
             for (part, (p, hull)) in hulls.iter().enumerate().filter(|(_, hull)| sees(hull)).enumerate() {
                 keys.prefetch(part, at_work);
