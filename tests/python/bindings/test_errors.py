@@ -422,7 +422,7 @@ def test_error(variant, call, argument, expected, got):
     [
         (lambda: subquad.attention(Q, K), "missing 1 required positional argument: 'v'"),
         (lambda: subquad.attention(Q, K, K, True), "takes 3 positional arguments"),
-        (lambda: subquad.attention(Q, K, K, window_size=(1, 1)), "unexpected keyword argument 'window_size'"),
+        (lambda: subquad.attention(Q, K, K, window=(1, 1)), "unexpected keyword argument 'window'"),
         (attention(scale="a"), "scale|real number"),
         (attention(causal=1), "causal|bool"),
         (attention(causal=None), "causal|bool"),

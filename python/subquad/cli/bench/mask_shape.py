@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from subquad import masks
 from subquad.cli.bench.shapes import Shape, check_count, check_limit, check_torch_floor
+
+# NumPy is imported where it is needed: the command's help, which lists the shapes' kinds, does without.
+if TYPE_CHECKING:
+    import numpy as np
 
 LAYOUTS = ("padded", "packed", "apart")
 MODIFIERS = ("softcap", "alibi", "sinks")
@@ -21,11 +22,15 @@ _SEED = 20_240_503
 
 def alibi_slopes(heads: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Returns the slopes of ALiBi, `[H]`: a geometric series that ends at `2 ** -8`."""
+    import numpy as np
+
     return np.exp2(-8.0 * np.arange(1, heads + 1) / heads).astype(np.float32)
 
 
 def sinks(heads: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Returns standard normal logits without a value, `[H]`, the same in every run."""
+    import numpy as np
+
     return np.random.default_rng(_SEED).standard_normal(heads, dtype=np.float32)
 
 
@@ -170,6 +175,8 @@ class MaskShape(Shape):
         if "sinks" in self.modifiers:
             options["sinks"] = sinks(self.heads)[heads]
         if self.layout == "padded":
+            from subquad import masks
+
             options["mask"] = masks.padding(self.lengths, queries=True)
         return options
 
