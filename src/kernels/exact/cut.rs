@@ -14,6 +14,8 @@ pub type Piece = (Range<usize>, Range<usize>);
 pub struct Cut {
     /// Vectors of the panel with rows in them.
     pub vectors: usize,
+    /// Keys of the block.
+    count: usize,
     /// From the first to the last key that some row of a vector sees.
     seen: [(usize, usize); MAX_VECTORS],
     /// Keys that every row of a vector sees.
@@ -31,7 +33,7 @@ impl Cut {
         position: impl Fn(usize) -> (usize, usize),
     ) -> Self {
         let vectors = rows.div_ceil(lanes);
-        let mut cut = Self { vectors, seen: [(0, 0); MAX_VECTORS], full: [(0, 0); MAX_VECTORS] };
+        let mut cut = Self { vectors, count, seen: [(0, 0); MAX_VECTORS], full: [(0, 0); MAX_VECTORS] };
         let local = |key: usize| key.clamp(first, first + count) - first;
         let hull = |lane: usize| {
             let (token, head) = position(lane);
@@ -108,6 +110,13 @@ impl Cut {
         !computed.is_empty() && (computed.start < start || end < computed.end)
     }
 
+    /// Whether the last operand of vector `v` holds a key of the block beyond the last that a row sees.
+    #[inline(always)]
+    pub fn splits_operand(&self, v: usize, depth: usize) -> bool {
+        let end = self.weighed(v, depth).end;
+        !end.is_multiple_of(depth) && end < self.count
+    }
+
     /// One more than the last key that some row sees.
     #[inline(always)]
     fn last(&self) -> usize {
@@ -179,5 +188,8 @@ mod tests {
         let pieces: Vec<_> = causal.pieces(1).into_iter().filter(|(_, keys)| !keys.is_empty()).collect();
         assert_eq!(pieces, [(1..3, 0..4), (2..3, 4..8)]);
         assert!(!cut(&Mask::NONE, 64, (0, 8)).hides(1, 8));
+        let ahead = Mask { windows: Windows::One(Window { left: Window::UNBOUNDED, right: 10 }), ranges: None };
+        assert!(!cut(&ahead, 7, (0, 7)).splits_operand(0, 2));
+        assert!(causal.splits_operand(1, 3) && !causal.splits_operand(1, 2));
     }
 }

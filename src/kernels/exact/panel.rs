@@ -121,7 +121,7 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
                 continue;
             }
             let cut_here = cut.hides(v, K::KEY_STEP) || hides_by_value;
-            masked |= cut_here;
+            masked |= cut_here || cut.splits_operand(v, K::DEPTH);
             let mut column = Column { rows: &mut scores[at..], stride: K::PANEL };
             let peak = if !plain {
                 self.modify((cut, first_key), v, &mut column)
