@@ -59,6 +59,31 @@ pub struct Segment {
     pub offset: isize,
 }
 
+/// A query, as its segment counts.
+#[derive(Debug, Clone, Copy)]
+pub struct Query<'a> {
+    /// Its segment.
+    pub segment: &'a Segment,
+    /// Its number in the segment.
+    pub token: usize,
+    /// Its head.
+    pub head: usize,
+}
+
+impl Query<'_> {
+    /// `[batch, head, token]`, as arrays of the whole call count.
+    #[inline(always)]
+    pub fn at(&self) -> [usize; 3] {
+        [self.segment.q_batch, self.head, self.segment.q_first + self.token]
+    }
+
+    /// Its position among the keys of the segment.
+    #[inline(always)]
+    pub fn position(&self) -> isize {
+        self.segment.offset + self.token as isize
+    }
+}
+
 /// The segments of a call.
 #[derive(Debug, Clone, Copy)]
 pub enum Segments<'a> {
@@ -115,10 +140,11 @@ impl KeyLayout {
     /// The indices along the first two axes of the cache of token `token` of sequence `batch`.
     #[inline(always)]
     pub fn place(&self, batch: usize, token: usize) -> (usize, usize) {
-        if let Some(pages) = &self.pages {
-            return pages.place(batch, token);
-        }
-        (self.rows.as_ref().map_or(batch, |rows| rows[batch]), token)
+        KeyPlaces { pages: self.pages.as_ref(), batch: self.row(batch), first: 0 }.place(token)
+    }
+
+    fn row(&self, batch: usize) -> usize {
+        self.rows.as_ref().map_or(batch, |rows| rows[batch])
     }
 
     /// One segment for each sequence, of `seqlen_q` queries that end with the last key.
@@ -128,7 +154,7 @@ impl KeyLayout {
             q_batch: batch,
             q_first: 0,
             q_len: seqlen_q,
-            k_batch: self.rows.as_ref().map_or(batch, |rows| rows[batch]),
+            k_batch: self.row(batch),
             k_first: 0,
             k_start: range.start,
             k_end: range.end,

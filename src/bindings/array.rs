@@ -73,6 +73,11 @@ pub struct Array<'py> {
     _export: Option<ImportedDlpack>,
 }
 
+/// Whether an object is an array with axes: one of a single element may convert to a number as well.
+pub fn has_axes(object: &Bound<'_, PyAny>) -> bool {
+    object.getattr("ndim").is_ok_and(|n| n.extract::<usize>().is_ok_and(|n| n > 0))
+}
+
 /// What an import may do about strides that kernels do not take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {

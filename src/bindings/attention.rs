@@ -1,6 +1,6 @@
 //! `attention`: `[B, S, H, D]`, and the call into the kernels that all exact entries share.
 
-use super::array::{Array, Kind, Layout};
+use super::array::{Array, Kind, Layout, has_axes};
 use super::broadcast;
 use super::dlpack::Memory;
 use super::options::{Given, Negative, Options, WindowSize};
@@ -225,10 +225,8 @@ pub fn attention<'py>(
     let given = out.map(|out| Array::import("out", out, Layout::InPlace)).transpose()?;
     if let Some(out) = &given {
         let tables = [("scale", scale), ("alibi_slopes", alibi_slopes), ("sinks", sinks), ("length_scale", length_scale)];
-        let is_array =
-            |object: &Bound<'py, PyAny>| object.getattr("ndim").is_ok_and(|n| n.extract::<usize>().is_ok_and(|n| n > 0));
         let tables =
-            tables.into_iter().filter_map(|(arg, table)| table.filter(|table| is_array(table)).map(|table| (arg, table)));
+            tables.into_iter().filter_map(|(arg, table)| table.filter(|table| has_axes(table)).map(|table| (arg, table)));
         let tables = tables.map(|(arg, table)| Array::import(arg, table, Layout::Any)).collect::<PyResult<Vec<_>>>()?;
         let mut inputs = vec![&q, &k, &v];
         inputs.extend(bias.iter().chain(&relative_bias).chain(&tables));

@@ -1,6 +1,6 @@
 //! Lengths, rows and page numbers: small integer arrays, copied out.
 
-use super::array::{Array, ElementType, Layout};
+use super::array::{Array, ElementType, Layout, has_axes};
 use crate::error::Error;
 use crate::tensor::shape_text;
 use pyo3::prelude::*;
@@ -70,9 +70,8 @@ fn places<'a>(array: &'a Array<'_>) -> impl Iterator<Item = usize> + 'a {
 /// As [`read`], and [`Error::Value`] for a negative number.
 pub fn per_sequence(arg: &'static str, object: &Bound<'_, PyAny>, batch: usize) -> PyResult<Vec<usize>> {
     // An array of one element converts to an integer as well, but says nothing of the other sequences.
-    let is_array = object.getattr("ndim").is_ok_and(|n| n.extract::<usize>().is_ok_and(|n| n > 0));
     let values = match object.extract::<i64>() {
-        Ok(n) if !is_array && !object.is_instance_of::<PyBool>() => vec![usize::try_from(n).unwrap_or(NEGATIVE); batch],
+        Ok(n) if !has_axes(object) && !object.is_instance_of::<PyBool>() => vec![usize::try_from(n).unwrap_or(NEGATIVE); batch],
         _ => read(arg, object, &[Some(batch)], &format!("({batch},), one for each sequence"))?.1,
     };
     if values.contains(&NEGATIVE) {

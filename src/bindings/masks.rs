@@ -55,7 +55,7 @@ fn rule(object: &Bound<'_, PyAny>, extents: Extents) -> PyResult<Rule> {
         "causal" => Rule::Window(Window::CAUSAL),
         "window" => {
             let side = |index: usize| -> PyResult<isize> {
-                Ok(part(index)?.extract::<Option<isize>>()?.map_or(Window::UNBOUNDED, |n| n.min(Window::UNBOUNDED)))
+                Ok(part(index)?.extract::<Option<i64>>()?.map_or(Window::UNBOUNDED, Window::side))
             };
             Rule::Window(Window { left: side(1)?, right: side(2)? })
         }

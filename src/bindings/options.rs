@@ -120,23 +120,32 @@ pub enum Negative {
     Unbounded,
 }
 
+const WINDOW_SIZE: &str = "window_size";
+
+fn shown(object: &Bound<'_, PyAny>) -> String {
+    object.repr().map_or_else(|_| "another object".into(), |text| text.to_string())
+}
+
+fn no_window(object: &Bound<'_, PyAny>) -> Error {
+    let expected = "None or a pair, each an integer or None".into();
+    Error::Kind { arg: WINDOW_SIZE, expected, got: shown(object) }
+}
+
 fn side(side: &Bound<'_, PyAny>, negative: Negative) -> Result<isize, Error> {
     if side.is_none() {
         return Ok(Window::UNBOUNDED);
     }
-    let got = || side.repr().map_or_else(|_| "another object".into(), |text| text.to_string());
+    if side.is_instance_of::<PyBool>() || !side.hasattr("__index__").unwrap_or(false) {
+        return Err(no_window(side));
+    }
     let expected = match negative {
         Negative::Refused => "sides that are None or integers of at least 0",
         Negative::Unbounded => "sides that are None or integers",
     };
-    let wrong = || Error::Value { arg: "window_size", expected: expected.into(), got: got() };
-    if side.is_instance_of::<PyBool>() || !side.hasattr("__index__").unwrap_or(false) {
-        return Err(Error::Kind { arg: "window_size", expected: "None or a pair, each an integer or None".into(), got: got() });
-    }
     match side.extract::<i64>() {
-        Ok(n) if n >= 0 => Ok((n as isize).min(Window::UNBOUNDED)),
+        Ok(n) if n >= 0 => Ok(Window::side(n)),
         Ok(_) if negative == Negative::Unbounded => Ok(Window::UNBOUNDED),
-        _ => Err(wrong()),
+        _ => Err(Error::Value { arg: WINDOW_SIZE, expected: expected.into(), got: shown(side) }),
     }
 }
 
@@ -150,40 +159,37 @@ impl WindowSize {
     /// # Errors
     /// [`Error::Kind`], [`Error::Shape`] or [`Error::Value`] naming `window_size`.
     pub fn read(object: Option<&Bound<'_, PyAny>>, heads: usize, negative: Negative) -> PyResult<Self> {
-        const ARG: &str = "window_size";
         let Some(object) = object else { return Ok(Self::One(Window::ALL)) };
         if object.hasattr("ndim")? {
             let expected = format!("({heads}, 2), a pair for each head");
-            let (_, sides) = integers::read_signed(ARG, object, &[Some(heads), Some(2)], &expected)?;
+            let (_, sides) = integers::read_signed(WINDOW_SIZE, object, &[Some(heads), Some(2)], &expected)?;
             if let Some(n) = sides.iter().find(|&&n| n < -1 && negative == Negative::Refused) {
                 let expected = "integers of at least 0, or -1 for no bound".into();
-                return Err(Error::Value { arg: ARG, expected, got: n.to_string() }.into());
+                return Err(Error::Value { arg: WINDOW_SIZE, expected, got: n.to_string() }.into());
             }
-            let bound = |n: i64| if n < 0 { Window::UNBOUNDED } else { (n as isize).min(Window::UNBOUNDED) };
+            let bound = |n: i64| if n < 0 { Window::UNBOUNDED } else { Window::side(n) };
             let windows = sides.chunks_exact(2).map(|sides| Window { left: bound(sides[0]), right: bound(sides[1]) });
             return Ok(Self::of_heads(windows.collect()));
         }
-        let got = || object.repr().map_or_else(|_| "another object".into(), |text| text.to_string());
-        let kind = || Error::Kind { arg: ARG, expected: "None or a pair, each an integer or None".into(), got: got() };
         if object.is_instance_of::<PyString>() {
-            return Err(kind().into());
+            return Err(no_window(object).into());
         }
-        let items = object.try_iter().and_then(Iterator::collect::<PyResult<Vec<_>>>).map_err(|_| kind())?;
+        let items = object.try_iter().and_then(Iterator::collect::<PyResult<Vec<_>>>).map_err(|_| no_window(object))?;
         let nested: Option<Vec<Vec<Bound<'_, PyAny>>>> =
             items.iter().map(|item| item.try_iter().ok().and_then(|sides| sides.collect::<PyResult<_>>().ok())).collect();
         match nested {
             Some(pairs) if !pairs.is_empty() || heads == 0 => {
                 if pairs.iter().any(|sides| sides.len() != 2) {
-                    return Err(kind().into());
+                    return Err(no_window(object).into());
                 }
                 if pairs.len() != heads {
                     let expected = format!("{heads} pairs, one for each head");
-                    return Err(Error::Value { arg: ARG, expected, got: pairs.len().to_string() }.into());
+                    return Err(Error::Value { arg: WINDOW_SIZE, expected, got: pairs.len().to_string() }.into());
                 }
                 Ok(Self::of_heads(pairs.iter().map(|sides| pair(sides, negative)).collect::<Result<_, _>>()?))
             }
             _ if items.len() == 2 => Ok(Self::One(pair(&items, negative)?)),
-            _ => Err(kind().into()),
+            _ => Err(no_window(object).into()),
         }
     }
 
@@ -195,18 +201,10 @@ impl WindowSize {
         }
     }
 
-    fn causal(self) -> Self {
-        match self {
-            Self::One(window) => Self::One(window.causal()),
-            Self::PerHead(windows) => Self::PerHead(windows.into_iter().map(Window::causal).collect()),
-        }
-    }
-
     fn within(self, other: Window) -> Self {
-        let both = |window: Window| Window { left: window.left.min(other.left), right: window.right.min(other.right) };
         match self {
-            Self::One(window) => Self::One(both(window)),
-            Self::PerHead(windows) => Self::PerHead(windows.into_iter().map(both).collect()),
+            Self::One(window) => Self::One(window.within(other)),
+            Self::PerHead(windows) => Self::PerHead(windows.into_iter().map(|window| window.within(other)).collect()),
         }
     }
 }
@@ -271,7 +269,7 @@ impl Options {
         let rows = [shape.batch, shape.num_heads, shape.seqlen_q];
         let offset = shape.seqlen_k as isize - shape.seqlen_q as isize;
         let mut options = Self::plain(shape, None, Window::ALL, offset);
-        options.windows = if causal { windows.causal() } else { windows };
+        options.windows = if causal { windows.within(Window::CAUSAL) } else { windows };
         if let Some(scale) = given.scale {
             let is_number = scale.is_instance_of::<PyFloat>() || scale.is_instance_of::<PyInt>();
             match scale.extract::<f64>() {

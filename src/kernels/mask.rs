@@ -1,6 +1,6 @@
 //! Structured masks: which keys a query sees, as data.
 
-use crate::index::Segment;
+use crate::index::Query;
 use std::ops::Range;
 
 /// Keys around a query's own position: from `left` before it to `right` after it, both included.
@@ -20,9 +20,14 @@ impl Window {
     /// The keys up to the query's own position.
     pub const CAUSAL: Self = Self { left: Self::UNBOUNDED, right: 0 };
 
-    /// The part of the window that a causal mask leaves.
-    pub fn causal(self) -> Self {
-        Self { left: self.left, right: self.right.min(0) }
+    /// So many keys, no more than what counts as all.
+    pub fn side(keys: i64) -> isize {
+        (keys as isize).min(Self::UNBOUNDED)
+    }
+
+    /// What both windows show.
+    pub fn within(self, other: Self) -> Self {
+        Self { left: self.left.min(other.left), right: self.right.min(other.right) }
     }
 }
 
@@ -58,8 +63,8 @@ pub struct RowRanges {
 
 impl RowRanges {
     #[inline(always)]
-    fn row(&self, batch: usize, head: usize, token: usize) -> &[(usize, usize)] {
-        let row = batch * self.strides[0] + head * self.strides[1] + token * self.strides[2];
+    fn row(&self, query: &Query<'_>) -> &[(usize, usize)] {
+        let row: usize = query.at().iter().zip(self.strides).map(|(i, stride)| i * stride).sum();
         &self.intervals[self.indptr[row]..self.indptr[row + 1]]
     }
 }
@@ -73,7 +78,7 @@ pub struct Mask<'a> {
     pub ranges: Option<&'a RowRanges>,
 }
 
-impl Mask<'_> {
+impl<'m> Mask<'m> {
     /// All keys.
     pub const NONE: Self = Self { windows: Windows::One(Window::ALL), ranges: None };
     /// The keys up to the query's own position.
@@ -97,9 +102,9 @@ impl Mask<'_> {
     }
 
     #[inline(always)]
-    fn band(&self, segment: &Segment, head: usize, token: usize) -> Range<usize> {
-        let position = segment.offset + token as isize;
-        let window = self.windows.of(head);
+    fn band(&self, query: &Query<'_>) -> Range<usize> {
+        let (segment, position) = (query.segment, query.position());
+        let window = self.windows.of(query.head);
         let clip = |bound: isize| bound.clamp(segment.k_start as isize, segment.k_end as isize) as usize;
         let start = clip(position.saturating_sub(window.left));
         start..clip(position.saturating_add(window.right).saturating_add(1)).max(start)
@@ -107,10 +112,10 @@ impl Mask<'_> {
 
     /// The positions from the first to the last key that a query sees; an empty range if it sees none.
     #[inline(always)]
-    pub fn hull(&self, segment: &Segment, head: usize, token: usize) -> Range<usize> {
-        let band = self.band(segment, head, token);
+    pub fn hull(&self, query: &Query<'_>) -> Range<usize> {
+        let band = self.band(query);
         let Some(ranges) = self.ranges else { return band };
-        let row = ranges.row(segment.q_batch, head, segment.q_first + token);
+        let row = ranges.row(query);
         let first = row.partition_point(|&(_, end)| end <= band.start);
         let last = row.partition_point(|&(start, _)| start < band.end);
         if first >= last {
@@ -121,17 +126,11 @@ impl Mask<'_> {
 
     /// The intervals that a query sees, within `keys`.
     #[inline(always)]
-    pub fn intervals(
-        &self,
-        segment: &Segment,
-        head: usize,
-        token: usize,
-        keys: Range<usize>,
-    ) -> impl Iterator<Item = Range<usize>> + use<'_> {
-        let band = self.band(segment, head, token);
+    pub fn intervals<'s>(&'s self, query: &Query<'_>, keys: Range<usize>) -> impl Iterator<Item = Range<usize>> + use<'s, 'm> {
+        let band = self.band(query);
         let bounds = band.start.max(keys.start)..band.end.min(keys.end);
         let row: &[(usize, usize)] = match self.ranges {
-            Some(ranges) => ranges.row(segment.q_batch, head, segment.q_first + token),
+            Some(ranges) => ranges.row(query),
             None => &[(0, usize::MAX)],
         };
         let first = row.partition_point(|&(_, end)| end <= bounds.start);
@@ -141,15 +140,27 @@ impl Mask<'_> {
             .take_while(|interval| !interval.is_empty())
     }
 
+    /// What lies between the intervals that a query sees, within `keys`; some of it empty.
+    #[inline(always)]
+    pub fn gaps<'s>(&'s self, query: &Query<'_>, keys: Range<usize>) -> impl Iterator<Item = Range<usize>> + use<'s, 'm> {
+        let (mut next, end) = (keys.start, keys.end);
+        self.intervals(query, keys).chain(std::iter::once(end..end)).map(move |seen| {
+            let gap = next..seen.start;
+            next = seen.end;
+            gap
+        })
+    }
+
     /// Number of keys that a query sees.
-    pub fn count(&self, segment: &Segment, head: usize, token: usize) -> usize {
-        self.intervals(segment, head, token, 0..usize::MAX).map(|interval| interval.len()).sum()
+    pub fn count(&self, query: &Query<'_>) -> usize {
+        self.intervals(query, 0..usize::MAX).map(|interval| interval.len()).sum()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::index::Segment;
 
     fn segment(q_len: usize, keys: Range<usize>, offset: isize) -> Segment {
         Segment {
@@ -167,14 +178,16 @@ mod tests {
 
     #[test]
     fn alignments() {
-        let hulls = |mask: Mask<'_>, q, k, offset| (0..q).map(|i| mask.hull(&segment(q, 0..k, offset), 0, i)).collect::<Vec<_>>();
+        let hulls = |mask: Mask<'_>, q, k, offset| {
+            (0..q).map(|token| mask.hull(&Query { segment: &segment(q, 0..k, offset), token, head: 0 })).collect::<Vec<_>>()
+        };
         assert_eq!(hulls(Mask::CAUSAL, 2, 4, 0), [0..1, 0..2]);
         assert_eq!(hulls(Mask::CAUSAL, 2, 4, 2), [0..3, 0..4]);
         assert_eq!(hulls(Mask::CAUSAL, 4, 2, -2), [0..0, 0..0, 0..1, 0..2]);
         assert_eq!(hulls(Mask::NONE, 2, 4, 2), [0..4, 0..4]);
         let window = Mask { windows: Windows::One(Window { left: 1, right: 0 }), ranges: None };
         assert_eq!(hulls(window, 3, 5, 2), [1..3, 2..4, 3..5]);
-        assert!(window.hull(&segment(1, 0..3, 9), 0, 0).is_empty());
+        assert!(window.hull(&Query { segment: &segment(1, 0..3, 9), token: 0, head: 0 }).is_empty());
     }
 
     #[test]
@@ -183,11 +196,13 @@ mod tests {
         let windows = [Window { left: 5, right: 0 }];
         let mask = Mask { windows: Windows::PerHead(&windows), ranges: Some(&ranges) };
         let keys = segment(2, 0..10, 7);
-        assert_eq!(mask.hull(&keys, 0, 0), 4..6);
-        assert_eq!(mask.intervals(&keys, 0, 0, 0..usize::MAX).collect::<Vec<_>>(), vec![4..6]);
-        assert_eq!(mask.intervals(&keys, 0, 0, 5..8).collect::<Vec<_>>(), vec![5..6]);
-        assert_eq!(mask.count(&keys, 0, 0), 2);
-        assert!(mask.hull(&keys, 0, 1).is_empty());
-        assert_eq!(Mask { ranges: Some(&ranges), ..Mask::NONE }.count(&keys, 0, 0), 5);
+        let query = Query { segment: &keys, token: 0, head: 0 };
+        assert_eq!(mask.hull(&query), 4..6);
+        assert_eq!(mask.intervals(&query, 0..usize::MAX).collect::<Vec<_>>(), vec![4..6]);
+        assert_eq!(mask.intervals(&query, 5..8).collect::<Vec<_>>(), vec![5..6]);
+        assert_eq!(mask.gaps(&query, 3..9).collect::<Vec<_>>(), vec![3..4, 6..9]);
+        assert_eq!(mask.count(&query), 2);
+        assert!(mask.hull(&Query { token: 1, ..query }).is_empty());
+        assert_eq!(Mask { ranges: Some(&ranges), ..Mask::NONE }.count(&query), 5);
     }
 }

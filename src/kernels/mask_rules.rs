@@ -112,7 +112,7 @@ impl Rule {
     fn narrow<'a>(&'a self, band: &mut (Window, Option<&'a Padding>)) -> Option<()> {
         match self {
             Self::Window(window) => {
-                band.0 = Window { left: band.0.left.min(window.left), right: band.0.right.min(window.right) };
+                band.0 = band.0.within(*window);
             }
             Self::Padding(padding) if band.1.is_none() => band.1 = Some(padding),
             Self::And(rules) => rules.iter().try_for_each(|rule| rule.narrow(band))?,

@@ -1,6 +1,6 @@
 //! How a mask cuts a block of keys for one panel of queries.
 
-use crate::index::Segment;
+use crate::index::Query;
 use crate::kernels::mask::Mask;
 use std::ops::Range;
 
@@ -23,21 +23,19 @@ pub struct Cut {
 }
 
 impl Cut {
-    /// Cuts the block of `count` keys from position `first` on, for `rows` rows of which `position` gives token and head.
+    /// Cuts the block of `count` keys from position `first` on, for `rows` rows of which `query` gives each.
     #[inline(always)]
-    pub fn new(
+    pub fn new<'q>(
         mask: &Mask<'_>,
-        segment: &Segment,
         (rows, lanes): (usize, usize),
         (first, count): (usize, usize),
-        position: impl Fn(usize) -> (usize, usize),
+        query: impl Fn(usize) -> Query<'q>,
     ) -> Self {
         let vectors = rows.div_ceil(lanes);
         let mut cut = Self { vectors, count, seen: [(0, 0); MAX_VECTORS], full: [(0, 0); MAX_VECTORS] };
         let local = |key: usize| key.clamp(first, first + count) - first;
         let hull = |lane: usize| {
-            let (token, head) = position(lane);
-            let hull = mask.hull(segment, head, token);
+            let hull = mask.hull(&query(lane));
             (local(hull.start), local(hull.end))
         };
         for v in 0..vectors {
@@ -48,8 +46,8 @@ impl Cut {
                 cut.full[v] = (latest.0, earliest.1);
             } else {
                 let (mut seen, mut full) = ((count, 0), (0, count));
-                for (token, head) in (from..=to).map(&position) {
-                    let mut intervals = mask.intervals(segment, head, token, first..first + count);
+                for query in (from..=to).map(&query) {
+                    let mut intervals = mask.intervals(&query, first..first + count);
                     let Some(leading) = intervals.next() else {
                         full = (count, 0);
                         continue;
@@ -148,6 +146,7 @@ impl Cut {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::index::Segment;
     use crate::kernels::mask::{Window, Windows};
 
     fn segment(keys: usize) -> Segment {
@@ -155,7 +154,8 @@ mod tests {
     }
 
     fn cut(mask: &Mask<'_>, keys: usize, block: (usize, usize)) -> Cut {
-        Cut::new(mask, &segment(keys), (12, 4), block, |lane| (lane, 0))
+        let segment = segment(keys);
+        Cut::new(mask, (12, 4), block, |token| Query { segment: &segment, token, head: 0 })
     }
 
     #[test]

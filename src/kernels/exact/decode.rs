@@ -10,8 +10,9 @@
 //! ```
 
 use super::splits::{MAX_ROWS, Piece, Splits};
-use super::{ExactArgs, ExactOut, Query};
+use super::{ExactArgs, ExactOut};
 use crate::dtype::Float;
+use crate::index::Query;
 use crate::kernels::bias::Bias;
 use crate::kernels::score_mod::Normalizer;
 use crate::math::dot;
@@ -210,10 +211,7 @@ impl<T: SimdElement> Decode<'_, T> {
     /// Whether `keys` are a whole block of which nothing is hidden from any row of the piece, and scores are only scaled.
     #[inline(always)]
     fn sees_all(&self, piece: &Piece, keys: &Range<usize>) -> bool {
-        let hull = |row: usize| {
-            let query = self.query(piece, row);
-            self.args.mask.hull(query.segment, query.head, query.token)
-        };
+        let hull = |row: usize| self.args.mask.hull(&self.query(piece, row));
         keys.len() == BLOCK_ROWS
             && !self.args.modifies_scores()
             && self.args.mask.is_monotone()
@@ -238,19 +236,16 @@ impl<T: SimdElement> Decode<'_, T> {
             one.add(query.at(), block.start, bias, &mut scratch);
         }
         if slope != 0.0 {
-            let position = query.segment.offset + query.token as isize;
+            let position = query.position();
             for (key, bias) in block.clone().zip(bias.iter_mut()) {
                 let distance = position.abs_diff(key as isize) as f64;
                 *bias = T::Acc::from_f64(bias.to_f64() - slope * distance);
             }
         }
         if gaps {
-            let mut next = block.start;
-            for seen in args.mask.intervals(query.segment, query.head, query.token, block.clone()) {
-                bias[next - block.start..seen.start - block.start].fill(T::Acc::NEG_INFINITY);
-                next = seen.end;
+            for gap in args.mask.gaps(query, block.clone()) {
+                bias[gap.start - block.start..gap.end - block.start].fill(T::Acc::NEG_INFINITY);
             }
-            bias[next - block.start..].fill(T::Acc::NEG_INFINITY);
         }
         true
     }
@@ -312,7 +307,7 @@ impl<T: SimdElement> Decode<'_, T> {
             peaks.as_mut().fill(lowest);
             for (r, scores) in scores.chunks_exact_mut(BLOCK_ROWS).enumerate() {
                 let query = self.query(piece, first + r);
-                let visible = self.args.mask.hull(query.segment, query.head, query.token);
+                let visible = self.args.mask.hull(&query);
                 let local = |key: usize| key.clamp(block.start, block.end) - block.start;
                 let seen = local(visible.start)..local(visible.end);
                 let mut bias = [T::Acc::ZERO; BLOCK_ROWS];

@@ -16,7 +16,7 @@ use super::bias::Bias;
 use super::mask::Mask;
 use super::score_mod::{Normalizer, ScoreMod};
 use crate::dtype::{Element, Float};
-use crate::index::{KeyPlaces, Pages, Segment, Segments};
+use crate::index::{KeyPlaces, Pages, Query, Segment, Segments};
 use crate::math::online_softmax::log_sum_exp;
 use crate::parallel::RowWriter;
 use crate::simd::{Level, SimdElement};
@@ -44,25 +44,6 @@ pub struct ExactArgs<'a, T: Element> {
     pub biases: [Bias<'a, T>; 2],
     /// What else changes scores.
     pub mods: ScoreMod<'a>,
-}
-
-/// A query, as its segment counts.
-#[derive(Debug, Clone, Copy)]
-pub struct Query<'a> {
-    /// Its segment.
-    pub segment: &'a Segment,
-    /// Its number in the segment.
-    pub token: usize,
-    /// Its head.
-    pub head: usize,
-}
-
-impl Query<'_> {
-    /// `[batch, head, token]`, as arrays of the whole call count.
-    #[inline(always)]
-    pub fn at(&self) -> [usize; 3] {
-        [self.segment.q_batch, self.head, self.segment.q_first + self.token]
-    }
 }
 
 impl<'a, T: Element> ExactArgs<'a, T> {
@@ -110,10 +91,7 @@ impl<'a, T: Element> ExactArgs<'a, T> {
 
     /// From the first to the last key that some of the rows sees.
     pub fn hull(&self, segment: &Segment, kv_head: usize, rows: Range<usize>) -> Range<usize> {
-        let hull = |row: usize| {
-            let query = self.query(segment, kv_head, row);
-            self.mask.hull(segment, query.head, query.token)
-        };
+        let hull = |row: usize| self.mask.hull(&self.query(segment, kv_head, row));
         if rows.is_empty() {
             return 0..0;
         }
@@ -131,7 +109,7 @@ impl<'a, T: Element> ExactArgs<'a, T> {
         let scale = &self.mods.scale;
         let [batch, head, token] = query.at();
         let row = scale.rows.map_or(1.0, |rows| rows.get(batch, head, token));
-        let length = scale.by_length.map_or(1.0, |factors| factors[self.mask.count(query.segment, query.head, query.token)]);
+        let length = scale.by_length.map_or(1.0, |factors| factors[self.mask.count(query)]);
         scale.factor * row * length
     }
 

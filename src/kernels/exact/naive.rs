@@ -1,7 +1,8 @@
 //! The definition, query by query, kept for ever: every fast form is tested against it.
 
-use super::{ExactArgs, ExactOut, Query};
+use super::{ExactArgs, ExactOut};
 use crate::dtype::{Element, Float};
+use crate::index::Query;
 use crate::kernels::score_mod::Normalizer;
 
 /// Computes each row's scores, their weights, and the weighted sum of the values it sees, all in f64.
@@ -18,11 +19,10 @@ pub fn forward<T: Element>(args: &ExactArgs<'_, T>, out: &ExactOut<'_, T>) {
 fn attend<T: Element>(args: &ExactArgs<'_, T>, query: &Query<'_>, kv_head: usize, out: &ExactOut<'_, T>) {
     let [batch, head, token] = query.at();
     let places = args.places(query.segment);
-    let position = query.segment.offset + query.token as isize;
     let q = args.q.row(batch, token, head);
     let scale = args.scale(query);
     let mut seen: Vec<(usize, f64)> = Vec::new();
-    for j in args.mask.intervals(query.segment, query.head, query.token, 0..usize::MAX).flatten() {
+    for j in args.mask.intervals(query, 0..usize::MAX).flatten() {
         let (k_batch, k_token) = places.place(j);
         let dot: f64 =
             q.iter().zip(args.k.row(k_batch, k_token, kv_head)).map(|(&x, &y)| x.to_acc().to_f64() * y.to_acc().to_f64()).sum();
@@ -30,7 +30,7 @@ fn attend<T: Element>(args: &ExactArgs<'_, T>, query: &Query<'_>, kv_head: usize
         if let Some(cap) = args.mods.softcap {
             score = cap * (score / cap).tanh();
         }
-        score -= args.alibi_slope(query) * position.abs_diff(j as isize) as f64;
+        score -= args.alibi_slope(query) * query.position().abs_diff(j as isize) as f64;
         let mut hidden = false;
         for bias in &args.biases {
             let mut value = [T::Acc::ZERO];

@@ -2,9 +2,9 @@
 
 use super::cut::{Cut, MAX_VECTORS};
 use super::plan::Buffers;
-use super::{ExactArgs, ExactOut, Query};
+use super::{ExactArgs, ExactOut};
 use crate::dtype::Float;
-use crate::index::Segment;
+use crate::index::{Query, Segment};
 use crate::kernels::bias::Bias;
 use crate::kernels::score_mod::Normalizer;
 use crate::math::load::MAX_LANES;
@@ -13,7 +13,6 @@ use crate::math::score_pass;
 use crate::math::tile::TileKernel;
 use crate::simd::{Isa, SimdElement, Vector, VectorKernel, prefetch};
 use std::marker::PhantomData;
-use std::ops::Range;
 
 /// Most queries of a panel.
 const MAX_PANEL: usize = MAX_VECTORS * MAX_LANES;
@@ -58,11 +57,7 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
     /// How the mask cuts the block of `count` keys from position `first` on.
     #[inline(always)]
     pub fn cut(&self, first: usize, count: usize) -> Cut {
-        let position = |lane: usize| {
-            let query = self.query(lane);
-            (query.token, query.head)
-        };
-        Cut::new(&self.args.mask, self.segment, (self.rows, T::V::<I>::LANES), (first, count), position)
+        Cut::new(&self.args.mask, (self.rows, T::V::<I>::LANES), (first, count), |lane| self.query(lane))
     }
 
     /// Packs the queries and resets the running softmax.
@@ -97,8 +92,7 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
     ) {
         let lanes = T::V::<I>::LANES;
         let shape = self.args.shape;
-        let (peaks, lanes_scratch) = lanes_scratch.split_at_mut(lanes_scratch.len() / 3);
-        let (alphas, _) = lanes_scratch.split_at_mut(peaks.len());
+        let (peaks, alphas) = lanes_scratch.split_at_mut(lanes_scratch.len() / 2);
         peaks.fill(T::Acc::NEG_INFINITY);
         for (vectors, keys) in cut.pieces(K::KEY_STEP) {
             if !keys.is_empty() {
@@ -187,8 +181,7 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
         if mask.ranges.is_none() {
             let (mut starts, mut ends) = ([T::Acc::ZERO; MAX_LANES], [T::Acc::ZERO; MAX_LANES]);
             for lane in 0..lanes {
-                let query = self.query(v * lanes + lane);
-                let hull = mask.hull(self.segment, query.head, query.token);
+                let hull = mask.hull(&self.query(v * lanes + lane));
                 let limit = |key: usize| T::Acc::from_f64((key as isize - first_key as isize) as f64);
                 (starts[lane], ends[lane]) = (limit(hull.start), limit(hull.end));
             }
@@ -197,15 +190,10 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
             return;
         }
         for lane in 0..lanes {
-            let query = self.query(v * lanes + lane);
-            let mut hide = |gap: Range<usize>| gap.for_each(|j| column.rows[j * column.stride + lane] = T::Acc::NEG_INFINITY);
-            let mut next = keys.start;
             let positions = first_key + keys.start..first_key + keys.end;
-            for seen in mask.intervals(self.segment, query.head, query.token, positions) {
-                hide(next..seen.start - first_key);
-                next = seen.end - first_key;
+            for key in mask.gaps(&self.query(v * lanes + lane), positions).flatten() {
+                column.rows[(key - first_key) * column.stride + lane] = T::Acc::NEG_INFINITY;
             }
-            hide(next..keys.end);
         }
     }
 
@@ -225,26 +213,21 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
         } else {
             score_pass::lanes::<T, I>(|lane| args.scale(&query(lane)) * factor)
         };
-        let one = T::V::<I>::splat(from(1.0));
-        let mut peak = one;
-        let mut scaled = false;
-        if let Some(cap) = args.mods.softcap {
-            peak = score_pass::softcap::<T, I>(column, keys.clone(), scale, from(unit * cap));
-            scaled = true;
-        }
-        if args.mods.alibi_slopes.is_some() {
-            let position = |lane: usize| self.segment.offset + query(lane).token as isize - first_key as isize;
+        let capped = args.mods.softcap.map(|cap| score_pass::softcap::<T, I>(column, keys.clone(), scale, from(unit * cap)));
+        let peak = if args.mods.alibi_slopes.is_some() {
+            let position = |lane: usize| query(lane).position() - first_key as isize;
+            let scale = if capped.is_some() { T::V::<I>::splat(from(1.0)) } else { scale };
             let alibi = score_pass::Alibi {
                 slope: score_pass::lanes::<T, I>(|lane| args.alibi_slope(&query(lane)) * unit),
                 position: score_pass::lanes::<T, I>(|lane| position(lane) as f64),
                 ahead: keys.end as isize <= position(0) + 1,
             };
-            peak = score_pass::alibi::<T, I>(column, keys.clone(), if scaled { one } else { scale }, &alibi);
-            scaled = true;
-        }
-        if !scaled {
-            peak = score_pass::scale::<T, I>(column, keys.clone(), scale);
-        }
+            score_pass::alibi::<T, I>(column, keys.clone(), scale, &alibi)
+        } else if let Some(peak) = capped {
+            peak
+        } else {
+            score_pass::scale::<T, I>(column, keys.clone(), scale)
+        };
         let hides = cut.hides(v, K::KEY_STEP);
         if !hides && args.biases.iter().all(Bias::is_none) && args.mods.normalizer == Normalizer::Softmax {
             return peak;

@@ -92,7 +92,7 @@ impl Buffers {
 
     /// Elements of a task with that many panels: blocks and scores are shared.
     pub fn total(&self, panels: usize) -> usize {
-        self.keys + self.values + self.scores + 3 * self.lanes + panels * self.per_panel()
+        self.keys + self.values + self.scores + 2 * self.lanes + panels * self.per_panel()
     }
 }
 
@@ -110,13 +110,15 @@ impl Plan {
         let buffers = Buffers::new::<T, K>(shape.head_dim, shape.head_dim_v, block_k);
         let fitting = (SCRATCH_BYTES / size_of::<T::Acc>()).saturating_sub(buffers.total(0)) / buffers.per_panel();
         // Panels under a window are done before later ones begin: a task of any length has room for those in between.
-        let window = args.mask.width().map_or(usize::MAX, |width| {
+        let at_work = args.mask.width().map(|width| {
             let tokens = width.saturating_add(block_k + K::PANEL);
             tokens.saturating_mul(shape.group()).div_ceil(K::PANEL) + 2
         });
-        let all = if window <= fitting { usize::MAX / 2 } else { fitting.max(1) * K::PANEL };
-        let most = blocking.block_q.map_or(all, |block_q| block_q.next_multiple_of(K::PANEL));
-        let slots = if window <= fitting { window } else { usize::MAX };
+        let (slots, most) = match at_work.filter(|&panels| panels <= fitting) {
+            Some(panels) => (panels, usize::MAX),
+            None => (usize::MAX, fitting.max(1) * K::PANEL),
+        };
+        let most = blocking.block_q.map_or(most, |block_q| block_q.next_multiple_of(K::PANEL));
 
         let rows_of = |segment: usize| args.segment(segment).q_len * shape.group();
         let mut order: Vec<usize> = (0..args.segment_count()).filter(|&segment| rows_of(segment) > 0).collect();

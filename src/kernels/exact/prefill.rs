@@ -91,7 +91,7 @@ impl<T: SimdElement> Prefill<'_, T> {
         let (packed_keys, scratch) = scratch.as_mut_slice()[..total].split_at_mut(buffers.keys);
         let (packed_values, scratch) = scratch.split_at_mut(buffers.values);
         let (scores, scratch) = scratch.split_at_mut(buffers.scores);
-        let (lanes, state) = scratch.split_at_mut(3 * buffers.lanes);
+        let (lanes, state) = scratch.split_at_mut(2 * buffers.lanes);
         // Blocks begin at multiples of their length, whatever the task: how sums are grouped does not depend on it.
         let first = seen.start / block_k * block_k;
         let places = args.places(&segment);
@@ -154,10 +154,8 @@ impl<T: SimdElement> Prefill<'_, T> {
     }
 
     fn is_seen(&self, segment: &Segment, task: &RowTask, keys: &Range<usize>) -> bool {
-        (task.first_row..task.first_row + task.rows).any(|row| {
-            let query = self.args.query(segment, task.kv_head, row);
-            self.args.mask.intervals(segment, query.head, query.token, keys.clone()).next().is_some()
-        })
+        (task.first_row..task.first_row + task.rows)
+            .any(|row| self.args.mask.intervals(&self.args.query(segment, task.kv_head, row), keys.clone()).next().is_some())
     }
 
     #[inline(always)]
