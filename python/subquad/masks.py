@@ -185,7 +185,21 @@ class sliding_window(Mask):  # noqa: N801
 
 
 @dataclass(frozen=True, eq=False)
-class chunked(Mask):  # noqa: N801
+class _Pieces(Mask):
+    """What compares the pieces of `size` keys that a query and a key are in."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", _integer("size", self.size, "an integer from 1", 1))
+
+    def _numbers(self, seqlen_q: int, seqlen_k: int) -> tuple[Int64, Int64]:
+        """Returns the pieces of the queries `[Sq, 1]` and of the keys `[Sk]`."""
+        i, j = _positions(seqlen_q, seqlen_k)
+        return i // self.size, j // self.size
+
+
+class chunked(_Pieces):  # noqa: N801
     """Query `i` sees the keys of its own chunk, `j // size == p_i // size`, later ones too.
 
     Attributes:
@@ -196,23 +210,16 @@ class chunked(Mask):  # noqa: N801
         TypeError: for what is no integer.
     """
 
-    size: int
-
-    def __post_init__(self) -> None:
-        """Checks the fields."""
-        object.__setattr__(self, "size", _integer("size", self.size, "an integer from 1", 1))
-
     def dense(self, batch: int, seqlen_q: int, seqlen_k: int) -> Bool:
         """Returns `[B, Sq, Sk]`; see `Mask.dense`."""
-        i, j = _positions(seqlen_q, seqlen_k)
-        return np.broadcast_to(j // self.size == i // self.size, (batch, seqlen_q, seqlen_k))
+        queries, keys = self._numbers(seqlen_q, seqlen_k)
+        return np.broadcast_to(keys == queries, (batch, seqlen_q, seqlen_k))
 
     def _lowered(self) -> tuple[Any, ...]:
         return ("chunked", self.size)
 
 
-@dataclass(frozen=True, eq=False)
-class block_causal(Mask):  # noqa: N801
+class block_causal(_Pieces):  # noqa: N801
     """Query `i` sees the keys of its own block and of those before, `j // size <= p_i // size`.
 
     Attributes:
@@ -223,16 +230,10 @@ class block_causal(Mask):  # noqa: N801
         TypeError: for what is no integer.
     """
 
-    size: int
-
-    def __post_init__(self) -> None:
-        """Checks the fields."""
-        object.__setattr__(self, "size", _integer("size", self.size, "an integer from 1", 1))
-
     def dense(self, batch: int, seqlen_q: int, seqlen_k: int) -> Bool:
         """Returns `[B, Sq, Sk]`; see `Mask.dense`."""
-        i, j = _positions(seqlen_q, seqlen_k)
-        return np.broadcast_to(j // self.size <= i // self.size, (batch, seqlen_q, seqlen_k))
+        queries, keys = self._numbers(seqlen_q, seqlen_k)
+        return np.broadcast_to(keys <= queries, (batch, seqlen_q, seqlen_k))
 
     def _lowered(self) -> tuple[Any, ...]:
         return ("block_causal", self.size)

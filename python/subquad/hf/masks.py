@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -32,14 +32,9 @@ class _Request:
     kv_length: int
     q_offset: int
     kv_offset: int
+    span: Span
     padding: torch.Tensor | None
     pattern: Pattern
-
-    @property
-    def span(self) -> Span:
-        """The positions of queries and keys."""
-        last_query, last_key = self.q_offset + self.q_length - 1, self.kv_offset + self.kv_length - 1
-        return Span(self.q_offset, last_query, self.kv_offset, last_key)
 
     @property
     def visible(self) -> int:
@@ -95,9 +90,9 @@ def _recognise(arguments: dict[str, Any]) -> _Request | None:
     if not (pattern.groups or pattern.either or arguments.get(allowed, pattern.causal)):
         return None
     padding = _padding_of_keys(arguments, kv_offset)
-    request = _Request(q_length, kv_length, q_offset, kv_offset, padding, pattern)
+    request = _Request(q_length, kv_length, q_offset, kv_offset, span, padding, pattern)
     if padding is not None and bool(padding[:, : max(request.visible, 0)].all()):
-        request = _Request(q_length, kv_length, q_offset, kv_offset, None, pattern)
+        return replace(request, padding=None)
     return request
 
 

@@ -193,10 +193,7 @@ def _row(one: Measurement) -> Sequence[str]:
         f"{one.rate / 1e9:.1f}",
         requirements.at_least(f"{one.read_share:.1%}", one.read_share, required.read_share),
         absent if required.read_share is None else f"{required.read_share:.0%}",
-        absent
-        if one.torch_ratio is None
-        else requirements.at_least(f"{one.torch_ratio:.2f}x", one.torch_ratio, required.torch_ratio),
-        absent if required.torch_ratio is None else f"{required.torch_ratio:g}x",
+        *requirements.ratio(one.torch_ratio, required.torch_ratio),
         absent
         if one.shape_ratio is None
         else requirements.at_most(f"{one.shape_ratio:.2f}x", one.shape_ratio, required.shape_ratio),

@@ -158,10 +158,7 @@ def _row(one: Measurement) -> Sequence[str]:
         one.against,
         requirements.at_most(f"{one.ratio:.3f}", one.ratio, one.limit),
         absent if one.limit is None else f"{one.limit:g}",
-        absent
-        if one.torch_ratio is None
-        else requirements.at_least(f"{one.torch_ratio:.2f}x", one.torch_ratio, one.torch_floor),
-        absent if one.torch_floor is None else f"{one.torch_floor:g}x",
+        *requirements.ratio(one.torch_ratio, one.torch_floor),
         f"{one.error:.1e}",
         "WRONG" if one.failure else "ok",
     )

@@ -21,6 +21,15 @@ def at_least(text: str, value: float, least: float | None) -> str:
     return text if least is None else f"{text} " if value >= least else f"{text}!"
 
 
+def ratio(value: float | None, least: float | None) -> tuple[str, str]:
+    """Returns the cells of a ratio to torch, if there is one, and of the least that is asked for."""
+    absent = "-"
+    return (
+        absent if value is None else at_least(f"{value:.2f}x", value, least),
+        absent if least is None else f"{least:g}x",
+    )
+
+
 def at_most(text: str, value: float, most: float | None) -> str:
     """Returns a cell for a value, with `!` if it is above what is allowed."""
     return text if most is None else f"{text} " if value <= most else f"{text}!"
