@@ -8,6 +8,8 @@ import pytest
 
 import subquad
 
+from .forks import FORKS
+
 
 def test_the_gil_is_released(keep_num_threads, draw):
     # One thread computes; meanwhile this one has to get its turns. With the GIL held it would get none.
@@ -81,14 +83,10 @@ def test_the_number_of_threads_may_change_during_calls(keep_num_threads, draw):
     thread.join()
 
 
-# Processes of their own: a fork must not take the threads of other tests, nor JAX, with it.
-FORK = """
-    import os, signal, sys, warnings
+PRELUDE = """
     import numpy as np
     import subquad
 
-    # Python 3.12 warns of forks beside threads, which is what is done here on purpose.
-    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     subquad.set_num_threads(3)
     generator = np.random.default_rng(0)
     q, k, v = (generator.standard_normal((2, 300, 4, 64)).astype(np.float32) for _ in range(3))
@@ -97,22 +95,14 @@ FORK = """
 
     def right():
         return np.array_equal(subquad.attention(q, k, v, causal=True), expected)
-
-
-    def in_child(work):
-        pid = os.fork()
-        if pid == 0:
-            signal.alarm(30)
-            os._exit(0 if work() else 1)
-        return os.waitpid(pid, 0)[1] == 0
 """
 
 
 def run_fork(run_python, code):
-    """Runs `code` after `FORK`."""
+    """Runs `code` after `FORKS` and `PRELUDE`."""
     import textwrap
 
-    return run_python(textwrap.dedent(FORK) + textwrap.dedent(code))
+    return run_python(FORKS + textwrap.dedent(PRELUDE) + textwrap.dedent(code))
 
 
 def test_fork_after_use(run_python):

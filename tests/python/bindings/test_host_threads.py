@@ -4,15 +4,16 @@ import textwrap
 
 import pytest
 
+from .forks import FORKS
+
 pytest.importorskip("torch")
 
 PRELUDE = """
-    import os, signal, time, warnings
+    import time
     from pathlib import Path
     import numpy as np
     import torch
 
-    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     torch.set_num_threads(2)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 300, 4, 64) for _ in range(3))
@@ -35,21 +36,13 @@ PRELUDE = """
         while own_threads() != count and time.monotonic() < end:
             time.sleep(0.01)
         return own_threads() == count
-
-
-    def in_child(work):
-        pid = os.fork()
-        if pid == 0:
-            signal.alarm(30)
-            os._exit(0 if work() else 1)
-        return os.waitpid(pid, 0)[1] == 0
 """
 
 
 @pytest.fixture
 def run(run_python):
-    """Runs code after `PRELUDE`."""
-    return lambda code: run_python(textwrap.dedent(PRELUDE) + textwrap.dedent(code))
+    """Runs code after `FORKS` and `PRELUDE`."""
+    return lambda code: run_python(FORKS + textwrap.dedent(PRELUDE) + textwrap.dedent(code))
 
 
 def test_no_threads_beside_those_of_torch(run):

@@ -13,8 +13,8 @@ from .survey import survey
 # sound, and several in one.
 REPRESENTATIVES = (
     *("llama", "mistral", "qwen3_moe", "gemma2", "gemma3", "gemma3n_text", "gpt_oss", "gpt2", "opt", "phi3"),
-    *("deepseek_v3", "deepseek_v32", "qwen3_next", "modernbert", "bert", "t5", "bart", "whisper", "wav2vec2"),
-    *("vit", "clip", "siglip_vision_model", "qwen2_5_vl", "llava", "bloom"),
+    *("deepseek_v3", "deepseek_v32", "deepseek_v4", "qwen3_next", "modernbert", "bert", "t5", "bart"),
+    *("whisper", "wav2vec2", "vit", "clip", "siglip_vision_model", "qwen2_5_vl", "llava", "bloom"),
 )
 _ENTRIES = {one.kind: one for one in entries()}
 

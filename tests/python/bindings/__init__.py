@@ -1,0 +1,1 @@
+"""What the extension makes of arrays, arguments, threads and processes."""
