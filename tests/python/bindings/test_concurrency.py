@@ -8,7 +8,7 @@ import pytest
 
 import subquad
 
-from .forks import FORKS
+from .forks import run_with_forks
 
 
 def test_the_gil_is_released(keep_num_threads, draw):
@@ -99,10 +99,8 @@ PRELUDE = """
 
 
 def run_fork(run_python, code):
-    """Runs `code` after `FORKS` and `PRELUDE`."""
-    import textwrap
-
-    return run_python(FORKS + textwrap.dedent(PRELUDE) + textwrap.dedent(code))
+    """Runs `code` after `PRELUDE`."""
+    return run_with_forks(run_python, PRELUDE, code)
 
 
 def test_fork_after_use(run_python):

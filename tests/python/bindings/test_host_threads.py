@@ -1,10 +1,8 @@
 """Calls share the threads of PyTorch's OpenMP runtime, where that is safe."""
 
-import textwrap
-
 import pytest
 
-from .forks import FORKS
+from .forks import run_with_forks
 
 pytest.importorskip("torch")
 
@@ -41,8 +39,8 @@ PRELUDE = """
 
 @pytest.fixture
 def run(run_python):
-    """Runs code after `FORKS` and `PRELUDE`."""
-    return lambda code: run_python(FORKS + textwrap.dedent(PRELUDE) + textwrap.dedent(code))
+    """Runs code after `PRELUDE`."""
+    return lambda code: run_with_forks(run_python, PRELUDE, code)
 
 
 def test_no_threads_beside_those_of_torch(run):

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers.cache_utils import (
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from subquad.hf.growing_cache import GrowingCache
 from subquad.hf.growing_layers import GrowingLayer, GrowingSlidingWindowLayer

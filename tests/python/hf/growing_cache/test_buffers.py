@@ -7,20 +7,13 @@ import weakref
 
 import pytest
 import torch
-from transformers.cache_utils import (
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from subquad.hf import growing_layers
 from subquad.hf.growing_cache import GrowingCache
 from subquad.hf.growing_layers import GrowingLayer
 
-from .comparison import (
-    WINDOW,
-    both_layers,
-    new_states,
-)
+from .comparison import WINDOW, both_layers, new_states
 
 
 @torch.no_grad()

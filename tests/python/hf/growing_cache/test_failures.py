@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers.cache_utils import (
-    DynamicCache,
-)
+from transformers.cache_utils import DynamicCache
 
 from subquad.hf import growing_layers
 from subquad.hf.growing_cache import GrowingCache
 
-from .comparison import (
-    assert_same_cache,
-    new_states,
-)
+from .comparison import assert_same_cache, new_states
 
 
 def _content(cache):

@@ -5,16 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from transformers.cache_utils import (
-    DynamicCache,
-)
+from transformers.cache_utils import DynamicCache
 
 from subquad.hf.growing_cache import GrowingCache, use_in_generate
 
-from .comparison import (
-    assert_same_cache,
-    generate,
-)
+from .comparison import assert_same_cache, generate
 
 MODELS = ["llama", "qwen3", "mistral-window", "gemma3", "phi3"]
 MODES = {

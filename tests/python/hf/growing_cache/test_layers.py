@@ -19,13 +19,7 @@ from transformers.cache_utils import (
 from subquad.hf.growing_cache import GrowingCache
 from subquad.hf.growing_layers import GrowingLayer, GrowingSlidingWindowLayer, growing
 
-from .comparison import (
-    WINDOW,
-    assert_same_cache,
-    assert_same_layer,
-    both_layers,
-    new_states,
-)
+from .comparison import WINDOW, assert_same_cache, assert_same_layer, both_layers, new_states
 
 
 def _draw_operation(draw, kind, *, size, heads):

@@ -7,15 +7,11 @@ import inspect
 import pickle
 
 import transformers
-from transformers.cache_utils import (
-    DynamicCache,
-)
+from transformers.cache_utils import DynamicCache
 
 from subquad.hf.growing_cache import GrowingCache, use_in_generate
 
-from .comparison import (
-    generate,
-)
+from .comparison import generate
 
 SEAM = "_prepare_cache_for_generation"
 

@@ -7,27 +7,11 @@ import subquad
 from subquad import reference
 from subquad.testing import FLOORS, SPACING, assert_close, lse_floor, naive_attention
 
+from .caches import lay_out
+
 LENGTHS, STARTS = np.array([0, 1, 37, 90, 97]), np.array([0, 1, 5, 0, 64])
 CAPACITY, NEW = 100, 3
 SLOPES = np.array([0.5, 0.25, 0.1, 0.0, 1.0, 0.05, 0.02, 0.3], np.float32)
-
-
-def laid_out(form, logical):
-    """Puts `[B, capacity, Hkv, D]` into a cache with NaN around; returns it with its options."""
-    batch = len(logical)
-    generator = np.random.default_rng(3)
-    if form == "contiguous":
-        return logical.copy(), {}
-    if form == "rows":
-        index = generator.permutation(batch + 2)[:batch].astype(np.int32)
-        cache = np.full((batch + 2, *logical.shape[1:]), np.nan, logical.dtype)
-        cache[index] = logical
-        return cache, {"cache_batch_idx": index}
-    size = 10
-    table = generator.permutation(batch * CAPACITY // size).reshape(batch, -1).astype(np.int32)
-    cache = np.empty((table.size, size, *logical.shape[2:]), logical.dtype)
-    cache[table] = logical.reshape(*table.shape, size, *logical.shape[2:])
-    return cache, {"block_table": table}
 
 
 MODIFIERS = {
@@ -57,7 +41,7 @@ def for_one(b, modifiers):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("form", ["contiguous", "rows", "pages"])
+@pytest.mark.parametrize("form", ["contiguous", "rows", "pages of 10"])
 @pytest.mark.parametrize("name", MODIFIERS)
 def test_append_then_attend(name, form, causal, dtype, draw):
     modifiers = dict(MODIFIERS[name])
@@ -69,7 +53,7 @@ def test_append_then_attend(name, form, causal, dtype, draw):
     for x in before:
         for b in range(5):
             x[b, : STARTS[b]], x[b, LENGTHS[b] :] = np.nan, np.nan
-    (k_cache, options), (v_cache, _) = (laid_out(form, x) for x in before)
+    (k_cache, options), (v_cache, _) = (lay_out(form, x) for x in before)
     out, lse = subquad.attention_with_kvcache(
         q,
         k_cache,
