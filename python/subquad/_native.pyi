@@ -21,6 +21,17 @@ def attention(
     return_lse: bool = False,
     out: Any | None = None,
 ) -> Any: ...
+def attention_backward(
+    d_out: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    d_lse: Any | None,
+    wrt: list[str],
+    options: dict[str, Any],
+) -> tuple[Any, ...]: ...
 def attention_varlen(
     q: Any,
     k: Any,

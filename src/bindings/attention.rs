@@ -3,7 +3,8 @@
 use super::array::{Array, Kind, Layout, has_axes};
 use super::broadcast;
 use super::dlpack::Memory;
-use super::options::{Given, Negative, Options, WindowSize};
+use super::inputs::{Asked, Inputs};
+use super::options::{Given, Options};
 use super::{enter, result, runtime};
 use crate::dtype::{DType, Element};
 use crate::error::Error;
@@ -98,32 +99,38 @@ pub struct Call<'a> {
     pub relative_bias: Option<&'a Array<'a>>,
     /// All else.
     pub options: &'a Options,
-    /// `[B, Sq, H, Dv]`.
-    pub out: View<'a>,
-    /// `[B, Sq, H, 1]`.
-    pub lse: Option<View<'a>>,
 }
 
-/// Checks what needs the element type, and computes.
+impl<'a> Call<'a> {
+    /// The arguments for the element type.
+    ///
+    /// # Errors
+    /// Those of the views and of the mask.
+    pub fn args<T: SimdElement>(&self) -> Result<ExactArgs<'a, T>, Error> {
+        Ok(ExactArgs {
+            shape: self.shape,
+            q: self.q.tensor()?,
+            k: self.k.tensor()?,
+            v: self.v.tensor()?,
+            segments: self.options.segments(),
+            pages: None,
+            mask: self.options.mask(),
+            biases: [
+                broadcast::bias(self.bias.0, self.bias.1, self.bias.2, self.bias.3)?,
+                broadcast::toeplitz(self.relative_bias, [self.shape.num_heads, self.shape.seqlen_q, self.shape.seqlen_k])?,
+            ],
+            mods: self.options.mods(),
+        })
+    }
+}
+
+/// Computes a call's result, `[B, Sq, H, Dv]`, and its log-sum-exp, `[B, Sq, H, 1]`.
 ///
 /// # Errors
-/// Those of the views and of the mask.
-pub fn run<T: SimdElement>(py: Python<'_>, call: &Call<'_>) -> PyResult<()> {
-    let args = ExactArgs::<T> {
-        shape: call.shape,
-        q: call.q.tensor()?,
-        k: call.k.tensor()?,
-        v: call.v.tensor()?,
-        segments: call.options.segments(),
-        pages: None,
-        mask: call.options.mask(),
-        biases: [
-            broadcast::bias(call.bias.0, call.bias.1, call.bias.2, call.bias.3)?,
-            broadcast::toeplitz(call.relative_bias, [call.shape.num_heads, call.shape.seqlen_q, call.shape.seqlen_k])?,
-        ],
-        mods: call.options.mods(),
-    };
-    let out = ExactOut { out: writer(&call.out)?, lse: call.lse.as_ref().map(writer).transpose()? };
+/// Those of the arguments.
+pub fn run<T: SimdElement>(py: Python<'_>, call: &Call<'_>, out: &View<'_>, lse: Option<&View<'_>>) -> PyResult<()> {
+    let args = call.args::<T>()?;
+    let out = ExactOut { out: writer(out)?, lse: lse.map(writer).transpose()? };
     let (level, threads, blocking) = (runtime::level()?, runtime::threads(py)?, runtime::blocking()?);
     enter::enter(py, || exact::forward(&args, &out, level, threads, blocking))
 }
@@ -208,60 +215,29 @@ pub fn attention<'py>(
     out: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let py = q.py();
-    let q = Array::import("q", q, Layout::Rows)?;
-    let k = Array::import("k", k, Layout::Rows)?;
-    let v = Array::import("v", v, Layout::Rows)?;
-    let bias = bias.map(|bias| Array::import("bias", bias, Layout::Any)).transpose()?;
-    let relative_bias = relative_bias.map(|bias| Array::import("relative_bias", bias, Layout::Any)).transpose()?;
-    let dtype = q.float()?;
-    q.check_same(&k)?;
-    q.check_same(&v)?;
-    let views =
-        [View::in_order(&q, "[B, Sq, H, D]")?, View::in_order(&k, "[B, Sk, Hkv, D]")?, View::in_order(&v, "[B, Sk, Hkv, Dv]")?];
-    let shape = AttnShape::new(["q", "k", "v"], views[0].shape, views[1].shape, views[2].shape)?;
-    let AttnShape { batch, seqlen_q, seqlen_k, num_heads, head_dim_v, .. } = shape;
+    let given = Given { scale, length_scale, softcap, alibi_slopes, sinks, normalizer, mask };
+    let inputs = Inputs::read([q, k, v], &Asked { causal, window_size, bias, relative_bias, given })?;
+    let (q, dtype, shape) = (&inputs.q, inputs.dtype, inputs.shape);
+    let AttnShape { batch, seqlen_q, num_heads, head_dim_v, .. } = shape;
     let out_shape = [batch, seqlen_q, num_heads, head_dim_v];
-    let lse_shape = [batch, num_heads, seqlen_q];
     let given = out.map(|out| Array::import("out", out, Layout::InPlace)).transpose()?;
     if let Some(out) = &given {
         let tables = [("scale", scale), ("alibi_slopes", alibi_slopes), ("sinks", sinks), ("length_scale", length_scale)];
         let tables =
             tables.into_iter().filter_map(|(arg, table)| table.filter(|table| has_axes(table)).map(|table| (arg, table)));
         let tables = tables.map(|(arg, table)| Array::import(arg, table, Layout::Any)).collect::<PyResult<Vec<_>>>()?;
-        let mut inputs = vec![&q, &k, &v];
-        inputs.extend(bias.iter().chain(&relative_bias).chain(&tables));
-        check_out(out, &out_shape, &q, &inputs)?;
+        let mut others = vec![q, &inputs.k, &inputs.v];
+        others.extend(inputs.bias.iter().chain(&inputs.relative_bias).chain(&tables));
+        check_out(out, &out_shape, q, &others)?;
     }
-    let scores = [batch, num_heads, seqlen_q, seqlen_k];
-    if let Some(bias) = &bias {
-        q.check_kind(bias)?;
-        broadcast::check_bias(bias, &scores, dtype)?;
-    }
-    if let Some(bias) = &relative_bias {
-        q.check_kind(bias)?;
-        broadcast::check_toeplitz(bias, [num_heads, seqlen_q, seqlen_k], dtype)?;
-    }
-    let windows = WindowSize::read(window_size, num_heads, Negative::Refused)?;
-    let asked = Given { scale, length_scale, softcap, alibi_slopes, sinks, normalizer, mask };
-    let options = Options::read(&q, &shape, causal, windows, &asked)?;
     let fresh = given.is_none();
-    let out = given.map_or_else(|| result::empty("out", &q, &out_shape, dtype), Ok)?;
-    let lse = return_lse.then(|| result::empty("lse", &q, &lse_shape, lse_dtype(dtype))).transpose()?;
-    let call = Call {
-        shape,
-        q: views[0],
-        k: views[1],
-        v: views[2],
-        bias: (bias.as_ref(), &scores, &[], 0),
-        relative_bias: relative_bias.as_ref(),
-        options: &options,
-        out: View::in_order(&out, "[B, Sq, H, Dv]")?,
-        lse: lse.as_ref().map(|lse| View::of_lse(lse, &shape)),
-    };
-    dispatch_dtype!(dtype, run, py, &call)?;
-    let out = if fresh { result::deliver(&q, out)? } else { out.written()? };
+    let out = given.map_or_else(|| result::empty("out", q, &out_shape, dtype), Ok)?;
+    let lse = return_lse.then(|| result::empty("lse", q, &[batch, num_heads, seqlen_q], lse_dtype(dtype))).transpose()?;
+    let (out_view, lse_view) = (View::in_order(&out, "[B, Sq, H, Dv]")?, lse.as_ref().map(|lse| View::of_lse(lse, &shape)));
+    dispatch_dtype!(dtype, run, py, &inputs.call()?, &out_view, lse_view.as_ref())?;
+    let out = if fresh { result::deliver(q, out)? } else { out.written()? };
     match lse {
         None => Ok(out),
-        Some(lse) => Ok((out, result::deliver(&q, lse)?).into_pyobject(py)?.into_any()),
+        Some(lse) => Ok((out, result::deliver(q, lse)?).into_pyobject(py)?.into_any()),
     }
 }

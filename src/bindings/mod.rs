@@ -2,10 +2,12 @@
 
 mod array;
 mod attention;
+mod backward;
 mod broadcast;
 mod dlpack;
 mod enter;
 mod errors;
+mod inputs;
 mod integers;
 mod kvcache;
 mod masks;
@@ -25,6 +27,7 @@ use pyo3::prelude::*;
 fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_function(wrap_pyfunction!(attention::attention, module)?)?;
+    module.add_function(wrap_pyfunction!(backward::attention_backward, module)?)?;
     module.add_function(wrap_pyfunction!(varlen::attention_varlen, module)?)?;
     module.add_function(wrap_pyfunction!(kvcache::attention_with_kvcache, module)?)?;
     module.add_function(wrap_pyfunction!(merge::merge_attention, module)?)?;

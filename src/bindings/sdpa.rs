@@ -168,18 +168,9 @@ pub fn scaled_dot_product_attention<'py>(
     for (index, head) in indices(outer).flat_map(|index| (0..turns).map(move |head| (index.clone(), head))) {
         let [q, k, v] = [0, 1, 2].map(|i| view(i, &index, head));
         let whole = out.view(&index);
-        let call = Call {
-            shape,
-            q,
-            k,
-            v,
-            bias: (mask.as_ref(), &scores, &index, head),
-            relative_bias: None,
-            options: &options,
-            out: if by_head { whole.head(head) } else { whole },
-            lse: None,
-        };
-        dispatch_dtype!(dtype, run, py, &call)?;
+        let call = Call { shape, q, k, v, bias: (mask.as_ref(), &scores, &index, head), relative_bias: None, options: &options };
+        let out = if by_head { whole.head(head) } else { whole };
+        dispatch_dtype!(dtype, run, py, &call, &out, None)?;
     }
     let like = &q;
     drop(out);

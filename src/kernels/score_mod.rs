@@ -95,6 +95,35 @@ impl Normalizer {
             Self::Power { power } => power * score.abs().log2(),
         }
     }
+
+    /// The weight of a score, of softmax without its maximum.
+    pub fn value(self, score: f64) -> f64 {
+        match self {
+            Self::Softmax => score.exp(),
+            Self::Power { power } => score.abs().powf(power),
+            other => other.weight(score),
+        }
+    }
+
+    /// The derivative of [`Normalizer::value`].
+    pub fn rate(self, score: f64) -> f64 {
+        match self {
+            Self::Softmax => score.exp(),
+            Self::Sigmoid { .. } => {
+                let weight = self.weight(score);
+                weight * (1.0 - weight)
+            }
+            Self::Softplus => 1.0 / (1.0 + (-score).exp()),
+            Self::Relu { power, .. } => {
+                if score > 0.0 {
+                    power * score.powf(power - 1.0)
+                } else {
+                    0.0
+                }
+            }
+            Self::Power { power } => power * score.abs().powf(power - 1.0).copysign(score),
+        }
+    }
 }
 
 /// What changes scores, beside biases.

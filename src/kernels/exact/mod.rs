@@ -1,6 +1,7 @@
 //! Exact attention: `out = softmax(scale * q k^T + bias) v` over the keys that the mask shows, and what is made of that: other score
 //! functions, other normalisers.
 
+pub mod backward;
 mod cut;
 pub mod decode;
 pub mod merge;

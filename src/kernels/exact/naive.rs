@@ -16,42 +16,60 @@ pub fn forward<T: Element>(args: &ExactArgs<'_, T>, out: &ExactOut<'_, T>) {
     }
 }
 
-fn attend<T: Element>(args: &ExactArgs<'_, T>, query: &Query<'_>, kv_head: usize, out: &ExactOut<'_, T>) {
-    let [batch, head, token] = query.at();
+/// A score that the mask shows.
+pub struct Score {
+    /// Position of the key.
+    pub key: usize,
+    /// The score, modified.
+    pub value: f64,
+    /// Its derivative with respect to the product of query and key.
+    pub slope: f64,
+}
+
+/// The scores of a query with the keys that it sees.
+pub fn seen_scores<T: Element>(args: &ExactArgs<'_, T>, query: &Query<'_>, kv_head: usize) -> Vec<Score> {
+    let at @ [batch, head, token] = query.at();
     let places = args.places(query.segment);
     let q = args.q.row(batch, token, head);
     let scale = args.scale(query);
-    let mut seen: Vec<(usize, f64)> = Vec::new();
+    let mut seen = Vec::new();
     for j in args.mask.intervals(query, 0..usize::MAX).flatten() {
         let (k_batch, k_token) = places.place(j);
         let dot: f64 =
             q.iter().zip(args.k.row(k_batch, k_token, kv_head)).map(|(&x, &y)| x.to_acc().to_f64() * y.to_acc().to_f64()).sum();
-        let mut score = scale * dot;
+        let mut score = Score { key: j, value: scale * dot, slope: scale };
         if let Some(cap) = args.mods.softcap {
-            score = cap * (score / cap).tanh();
+            let capped = (score.value / cap).tanh();
+            (score.value, score.slope) = (cap * capped, scale * (1.0 - capped * capped));
         }
-        score -= args.alibi_slope(query) * query.position().abs_diff(j as isize) as f64;
+        score.value -= args.alibi_slope(query) * query.position().abs_diff(j as isize) as f64;
         let mut hidden = false;
         for bias in &args.biases {
             let mut value = [T::Acc::ZERO];
-            bias.read([batch, head, token], j, &mut value);
+            bias.read(at, j, &mut value);
             hidden |= value[0] == T::Acc::NEG_INFINITY;
-            score += value[0].to_f64();
+            score.value += value[0].to_f64();
         }
         if !hidden {
-            seen.push((j, score));
+            seen.push(score);
         }
     }
+    seen
+}
+
+fn attend<T: Element>(args: &ExactArgs<'_, T>, query: &Query<'_>, kv_head: usize, out: &ExactOut<'_, T>) {
+    let [batch, head, token] = query.at();
+    let places = args.places(query.segment);
+    let seen = seen_scores(args, query, kv_head);
     let normalizer = args.mods.normalizer;
     let sink = args.mods.sinks.map_or(f64::NEG_INFINITY, |sinks| sinks.get(batch, head, token));
-    let m = seen.iter().map(|&(_, score)| score).fold(sink, f64::max);
+    let m = seen.iter().map(|score| score.value).fold(sink, f64::max);
     let base = if normalizer == Normalizer::Softmax && m != f64::NEG_INFINITY { m } else { 0.0 };
     let weight = |score: f64| match normalizer {
         Normalizer::Softmax => (score - base).exp(),
-        Normalizer::Power { power } => score.abs().powf(power),
-        other => other.weight(score),
+        other => other.value(score),
     };
-    let weights: Vec<f64> = seen.iter().map(|&(_, score)| weight(score)).collect();
+    let weights: Vec<f64> = seen.iter().map(|score| weight(score.value)).collect();
     let total = weights.iter().sum::<f64>() + (sink - base).exp();
     let shrink = match (normalizer.divides(), total) {
         (false, _) => 1.0,
@@ -63,7 +81,7 @@ fn attend<T: Element>(args: &ExactArgs<'_, T>, query: &Query<'_>, kv_head: usize
             let (batch, token) = places.place(j);
             args.v.row(batch, token, kv_head)[d].to_acc().to_f64()
         };
-        let sum: f64 = seen.iter().zip(&weights).map(|(&(j, _), weight)| weight * value(j)).sum();
+        let sum: f64 = seen.iter().zip(&weights).map(|(score, weight)| weight * value(score.key)).sum();
         *out = T::from_acc(T::Acc::from_f64(sum * shrink));
     }
     if let Some(lse) = &out.lse {
