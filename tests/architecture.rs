@@ -60,12 +60,12 @@ fn pyo3_lives_in_bindings() {
 }
 
 #[test]
-fn unsafe_lives_in_four_places() {
-    let homes = ["bindings/dlpack.rs", "parallel/openmp.rs", "parallel/rows.rs"];
+fn unsafe_lives_in_few_places() {
+    let homes = ["bindings/dlpack.rs", "parallel/openmp.rs", "parallel/rows.rs", "parallel/turns.rs"];
     lives_in("unsafe {", |path| path.starts_with("simd/") || homes.contains(&path));
     lives_in("unsafe fn", |path| path.starts_with("simd/"));
     lives_in("unsafe extern", |path| path == "parallel/openmp.rs");
-    lives_in("unsafe impl", |path| path == "parallel/rows.rs");
+    lives_in("unsafe impl", |path| ["parallel/rows.rs", "parallel/turns.rs"].contains(&path));
 }
 
 /// Modules from the lowest layer up; those of one entry are equals.

@@ -8,7 +8,7 @@ use super::{enter, result, runtime};
 use crate::dtype::{DType, Element, Float};
 use crate::error::Error;
 use crate::kernels::exact::backward::sums::{SumTable, score_sums, sink_sums};
-use crate::kernels::exact::backward::{self, BackwardArgs, Gradients};
+use crate::kernels::exact::backward::{self, BackwardArgs, Gradients, RowsMut};
 use crate::parallel::RowWriter;
 use crate::simd::SimdElement;
 use crate::tensor::{AttnShape, shape_text};
@@ -77,9 +77,14 @@ fn run<T: SimdElement>(
     }
     let args = results.args::<T>(inputs)?;
     let [q, k, v] = into;
-    let gradients = Gradients { q: rows(q)?, k: rows(k)?, v: rows(v)? };
-    let (level, threads) = (runtime::level()?, runtime::threads(py)?);
-    enter::enter(py, || backward::backward(&args, &gradients, level, threads))
+    let q = q.map(|q| -> Result<_, Error> {
+        let View { arg, memory, shape, strides, .. } = View::in_order(q, "[B, S, H, D]")?;
+        Ok(RowsMut { data: memory.slice_mut(arg)?, shape, strides })
+    });
+    let (k, v) = (rows(k)?, rows(v)?);
+    let gradients = Gradients { q: q.transpose()?, k: k.as_ref(), v: v.as_ref() };
+    let (level, threads, blocking) = (runtime::level()?, runtime::threads(py)?, runtime::blocking()?);
+    enter::enter(py, || backward::backward(&args, gradients, level, threads, blocking))
 }
 
 fn rows<'a, T: SimdElement>(array: Option<&'a Array<'_>>) -> Result<Option<RowWriter<'a, T>>, Error> {

@@ -1,5 +1,6 @@
 //! Vectors from rows that may end within them.
 
+use crate::dtype::Float;
 use crate::simd::{Isa, SimdElement, Vector, VectorKernel};
 
 /// Most lanes of any vector.
@@ -38,4 +39,52 @@ pub fn load_rows<T: SimdElement, I: Isa>([first, second]: [&[T]; 2]) -> T::V<I> 
     } else {
         T::Kernel::<I>::load_rows([&padded_copy::<T, MAX_LANES>(first), &padded_copy::<T, MAX_LANES>(second)])
     }
+}
+
+/// Writes `factor` times a row of accumulators, which has whole vectors.
+#[inline(always)]
+pub fn store_scaled<T: SimdElement, I: Isa>(sums: &[T::Acc], factor: T::Acc, out: &mut [T]) {
+    let lanes = T::V::<I>::LANES;
+    let factor = T::V::<I>::splat(factor);
+    for (chunk, sums) in out.chunks_mut(lanes).zip(sums.chunks_exact(lanes)) {
+        let values = T::V::<I>::load(sums).mul(factor);
+        if chunk.len() == lanes {
+            T::store::<I>(values, chunk);
+        } else {
+            let mut buffer = [T::zeroed(); MAX_LANES];
+            T::store::<I>(values, &mut buffer);
+            chunk.copy_from_slice(&buffer[..chunk.len()]);
+        }
+    }
+}
+
+/// Adds `factor` times a row of accumulators, which has whole vectors, to another.
+#[inline(always)]
+pub fn add_scaled<T: SimdElement, I: Isa>(sums: &[T::Acc], factor: T::Acc, out: &mut [T::Acc]) {
+    let lanes = T::V::<I>::LANES;
+    let factors = T::V::<I>::splat(factor);
+    let whole = out.len() / lanes * lanes;
+    for d in (0..whole).step_by(lanes) {
+        T::V::<I>::load(&sums[d..]).mul_add(factors, T::V::<I>::load(&out[d..])).store(&mut out[d..]);
+    }
+    let (mut buffer, rest) = ([T::Acc::ZERO; MAX_LANES], out.len() - whole);
+    if rest > 0 {
+        buffer[..rest].copy_from_slice(&out[whole..]);
+        T::V::<I>::load(&sums[whole..]).mul_add(factors, T::V::<I>::load(&buffer)).store(&mut buffer);
+        out[whole..].copy_from_slice(&buffer[..rest]);
+    }
+}
+
+/// Whether no element is infinite or NaN.
+#[inline(always)]
+pub fn is_finite<T: SimdElement, I: Isa>(row: &[T]) -> bool {
+    // x - x is 0 for finite x and NaN otherwise.
+    let mut residue = T::V::<I>::splat(T::Acc::ZERO);
+    for chunk in row.chunks(T::V::<I>::LANES) {
+        let x = load_padded::<T, I>(chunk);
+        residue = residue.add(x.sub(x));
+    }
+    let mut lanes = [T::Acc::ZERO; MAX_LANES];
+    residue.store(&mut lanes);
+    lanes.iter().all(|&x| x == T::Acc::ZERO)
 }

@@ -2,8 +2,10 @@
 
 pub mod dot;
 pub mod exp;
+pub mod gradient_pass;
 pub mod load;
 pub mod online_softmax;
+pub mod row_tile;
 pub mod score_pass;
 pub mod tanh;
 pub mod tile;

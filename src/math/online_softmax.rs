@@ -54,6 +54,8 @@ pub fn column_peak<T: SimdElement, I: Isa>(column: &Column<'_, T::Acc>, keys: us
 
 /// How a score becomes a weight.
 pub trait WeightForm {
+    /// Whether keys may be hidden.
+    const HIDES: bool;
     /// The weight of each lane; `-0` for a hidden key: adding `-0 * v` changes nothing for finite `v`, and marks the entry for the
     /// path that non-finite values take.
     fn weight<T: SimdElement, I: Isa>(score: T::V<I>, scale: T::V<I>, minus_base: T::V<I>) -> T::V<I>;
@@ -67,6 +69,7 @@ pub struct MaskedExponential;
 pub struct Ready;
 
 impl WeightForm for Exponential {
+    const HIDES: bool = false;
     #[inline(always)]
     fn weight<T: SimdElement, I: Isa>(score: T::V<I>, scale: T::V<I>, minus_base: T::V<I>) -> T::V<I> {
         exp2::<T, I>(score.mul_add(scale, minus_base))
@@ -74,6 +77,7 @@ impl WeightForm for Exponential {
 }
 
 impl WeightForm for MaskedExponential {
+    const HIDES: bool = true;
     #[inline(always)]
     fn weight<T: SimdElement, I: Isa>(score: T::V<I>, scale: T::V<I>, minus_base: T::V<I>) -> T::V<I> {
         let p = Exponential::weight::<T, I>(score, scale, minus_base);
@@ -82,6 +86,7 @@ impl WeightForm for MaskedExponential {
 }
 
 impl WeightForm for Ready {
+    const HIDES: bool = true;
     #[inline(always)]
     fn weight<T: SimdElement, I: Isa>(score: T::V<I>, _scale: T::V<I>, _minus_base: T::V<I>) -> T::V<I> {
         T::V::<I>::splat(T::Acc::LOWEST).select_gt(score, T::V::<I>::splat(T::Acc::MINUS_ZERO), score)

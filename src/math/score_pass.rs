@@ -43,14 +43,23 @@ pub fn scale<T: SimdElement, I: Isa>(column: &mut Column<'_, T::Acc>, keys: Rang
 }
 
 /// `unit * cap * tanh(s * scale / cap)`, where `scale_of_cap` is `scale / cap` and `height` is `unit * cap`; returns the maximum.
+/// `slopes` gets the derivatives of `cap * tanh(x / cap)`.
 #[inline(always)]
 pub fn softcap<T: SimdElement, I: Isa>(
     column: &mut Column<'_, T::Acc>,
     keys: Range<usize>,
     scale_of_cap: T::V<I>,
     height: T::Acc,
+    slopes: Option<&mut Column<'_, T::Acc>>,
 ) -> T::V<I> {
     let height = T::V::<I>::splat(height);
+    if let Some(slopes) = slopes {
+        let one = T::V::<I>::splat(T::Acc::from_f64(1.0));
+        for j in keys.clone() {
+            let t = tanh::<T, I>(T::V::<I>::load(&column.rows[j * column.stride..]).mul(scale_of_cap));
+            one.sub(t.mul(t)).store(&mut slopes.rows[j * slopes.stride..]);
+        }
+    }
     for_each_row::<T, I>(column, keys, |s, _| tanh::<T, I>(s.mul(scale_of_cap)).mul(height))
 }
 

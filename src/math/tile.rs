@@ -14,7 +14,8 @@
 //! | scores, then probabilities | `[block_k, W]`, then `[block_k / DEPTH, W]` |
 //! | accumulator | `[head_dim_v, W]` |
 
-use super::load::{MAX_LANES, load_padded, load_row, load_rows};
+use super::load::{is_finite, load_row};
+use super::row_tile::RowKernel;
 use crate::dtype::Float;
 use crate::index::KeyPlaces;
 use crate::simd::{Isa, SimdElement, Vector, VectorKernel, prefetch, tile};
@@ -44,6 +45,19 @@ impl<'a, T: Copy> HeadRows<'a, T> {
     pub fn get(&self, i: usize) -> &'a [T] {
         let (batch, token) = self.places.place(self.first + i);
         self.tensor.row(batch, token, self.head)
+    }
+
+    /// Whether no element of the rows is infinite or NaN.
+    #[inline(always)]
+    pub fn are_finite<I: Isa>(&self) -> bool
+    where
+        T: SimdElement,
+    {
+        let mut finite = true;
+        for i in 0..self.count {
+            finite &= is_finite::<T, I>(self.get(i));
+        }
+        finite
     }
 
     /// The same head's rows at `positions`.
@@ -77,6 +91,8 @@ pub trait TileKernel<T: SimdElement>: 'static {
 
     /// Elements of a packed panel of queries.
     fn queries_len(head_dim: usize) -> usize;
+    /// Elements of a packed key.
+    fn key_stride(head_dim: usize) -> usize;
     /// Elements of a packed block of keys.
     fn keys_len(block_k: usize, head_dim: usize) -> usize;
     /// Elements of a packed block of values.
@@ -122,11 +138,11 @@ const SHORT: (usize, usize) = (6, 2);
 
 impl<I: Isa> VectorTiles<I> {
     const STEP: usize = if I::REGISTERS >= 32 { LONG.0 } else { SHORT.0 };
-    const VECTORS: usize = if I::REGISTERS >= 32 { LONG.1 } else { SHORT.1 };
+    pub(super) const VECTORS: usize = if I::REGISTERS >= 32 { LONG.1 } else { SHORT.1 };
 
     /// Elements of a packed row of `dim` operands: whole vectors, and one cache line more so that rows do not share cache sets.
     #[inline(always)]
-    fn stride<T: SimdElement>(dim: usize) -> usize {
+    pub(super) fn stride<T: SimdElement>(dim: usize) -> usize {
         padded::<T::Acc>(dim) + padded::<T::Acc>(1)
     }
 }
@@ -140,8 +156,11 @@ impl<T: SimdElement, I: Isa> TileKernel<T> for VectorTiles<I> {
     fn queries_len(head_dim: usize) -> usize {
         padded::<T::Acc>(head_dim.div_ceil(T::Kernel::<I>::DEPTH) * <Self as TileKernel<T>>::PANEL)
     }
+    fn key_stride(head_dim: usize) -> usize {
+        Self::stride::<T>(head_dim.div_ceil(T::Kernel::<I>::DEPTH))
+    }
     fn keys_len(block_k: usize, head_dim: usize) -> usize {
-        block_k.next_multiple_of(Self::STEP) * Self::stride::<T>(head_dim.div_ceil(T::Kernel::<I>::DEPTH))
+        block_k.next_multiple_of(Self::STEP) * <Self as TileKernel<T>>::key_stride(head_dim)
     }
     fn values_len(block_k: usize, head_dim_v: usize) -> usize {
         block_k.div_ceil(T::Kernel::<I>::DEPTH) * Self::stride::<T>(head_dim_v)
@@ -188,31 +207,7 @@ impl<T: SimdElement, I: Isa> TileKernel<T> for VectorTiles<I> {
 
     #[inline(always)]
     fn pack_values(rows: &HeadRows<'_, T>, head_dim_v: usize, packed: &mut [T::Acc]) -> bool {
-        let lanes = T::V::<I>::LANES;
-        let depth = T::Kernel::<I>::DEPTH;
-        let stride = Self::stride::<T>(head_dim_v);
-        let zero = T::V::<I>::splat(T::Acc::ZERO);
-        // x - x is 0 for finite x and NaN otherwise.
-        let mut residue = zero;
-        for (j, packed) in packed.chunks_exact_mut(stride).take(rows.count.div_ceil(depth)).enumerate() {
-            let first = rows.get(j * depth);
-            let second = if depth == 2 && j * depth + 1 < rows.count { rows.get(j * depth + 1) } else { &[] };
-            for d in (0..head_dim_v).step_by(lanes) {
-                let tail = &second[d.min(second.len())..];
-                let operands = load_rows::<T, I>([&first[d..], tail]);
-                operands.store(&mut packed[d..]);
-                if depth == 1 {
-                    residue = residue.add(operands.sub(operands));
-                } else {
-                    // The high half of a pair, with whatever in the low bits, is finite if the second element is.
-                    let x = load_padded::<T, I>(&first[d..]);
-                    residue = residue.add(x.sub(x)).add(operands.sub(operands));
-                }
-            }
-        }
-        let mut lanes_of_residue = [T::Acc::ZERO; MAX_LANES];
-        residue.store(&mut lanes_of_residue);
-        lanes_of_residue[..lanes].iter().all(|&x| x == T::Acc::ZERO)
+        Self::pack_rows(|j| rows.get(j), rows.count, head_dim_v, packed)
     }
 
     #[inline(always)]

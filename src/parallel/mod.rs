@@ -11,8 +11,10 @@
 pub mod openmp;
 mod pool;
 mod rows;
+mod turns;
 
 pub use rows::{RowWriter, axes_are_disjoint, rows_are_disjoint};
+pub use turns::{RowTurns, Turn};
 
 use crate::simd::{Level, Task};
 use std::cell::Cell;

@@ -16,8 +16,14 @@ pub fn prefetch_line<T>(address: *const T) {
 /// Rows of one head lie apart by all heads: hardware prefetchers, which stop at the end of a page, do not see them coming.
 #[inline(always)]
 pub fn prefetch<T>(data: &[T]) {
-    let start = data.as_ptr().cast::<u8>();
-    for at in (0..size_of_val(data)).step_by(LINE) {
+    prefetch_lines(data.as_ptr(), data.len());
+}
+
+/// As [`prefetch`], for `len` elements that others may be writing. The address need not be valid.
+#[inline(always)]
+pub fn prefetch_lines<T>(start: *const T, len: usize) {
+    let start = start.cast::<u8>();
+    for at in (0..len * size_of::<T>()).step_by(LINE) {
         prefetch_line(start.wrapping_add(at));
     }
 }

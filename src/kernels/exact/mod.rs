@@ -4,6 +4,7 @@
 pub mod backward;
 mod cut;
 pub mod decode;
+mod lanes;
 pub mod merge;
 pub mod naive;
 mod panel;

@@ -1,10 +1,10 @@
 //! One panel of queries: its packed rows, its running softmax, and what one block of keys does to them.
 
-use super::cut::{Cut, MAX_VECTORS};
+use super::ExactOut;
+use super::cut::Cut;
+use super::lanes::Lanes;
 use super::plan::Buffers;
-use super::{ExactArgs, ExactOut};
 use crate::dtype::Float;
-use crate::index::{Query, Segment};
 use crate::kernels::bias::Bias;
 use crate::kernels::score_mod::Normalizer;
 use crate::math::load::MAX_LANES;
@@ -14,16 +14,9 @@ use crate::math::tile::TileKernel;
 use crate::simd::{Isa, SimdElement, Vector, VectorKernel, prefetch};
 use std::marker::PhantomData;
 
-/// Most queries of a panel.
-const MAX_PANEL: usize = MAX_VECTORS * MAX_LANES;
-
 /// Up to `K::PANEL` consecutive query rows of one key/value head.
 pub struct Panel<'a, T: SimdElement, I, K> {
-    args: &'a ExactArgs<'a, T>,
-    segment: &'a Segment,
-    kv_head: usize,
-    first_row: usize,
-    rows: usize,
+    lanes: Lanes<'a, T>,
     queries: &'a mut [T::Acc],
     acc: &'a mut [T::Acc],
     m: &'a mut [T::Acc],
@@ -34,47 +27,29 @@ pub struct Panel<'a, T: SimdElement, I, K> {
 impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
     /// Lays a panel over its part of the scratch.
     #[inline(always)]
-    pub fn new(
-        args: &'a ExactArgs<'a, T>,
-        buffers: &Buffers,
-        state: &'a mut [T::Acc],
-        (segment, kv_head): (&'a Segment, usize),
-        first_row: usize,
-        rows: usize,
-    ) -> Self {
+    pub fn new(lanes: Lanes<'a, T>, buffers: &Buffers, state: &'a mut [T::Acc]) -> Self {
         let (queries, state) = state.split_at_mut(buffers.queries);
         let (acc, state) = state.split_at_mut(buffers.acc);
         let (m, l) = state.split_at_mut(buffers.lanes);
-        Self { args, segment, kv_head, first_row, rows, queries, acc, m, l, kinds: PhantomData }
-    }
-
-    /// The query of a lane; lanes without one stand for the last.
-    #[inline(always)]
-    fn query(&self, lane: usize) -> Query<'a> {
-        self.args.query(self.segment, self.kv_head, self.first_row + lane.min(self.rows - 1))
+        Self { lanes, queries, acc, m, l, kinds: PhantomData }
     }
 
     /// How the mask cuts the block of `count` keys from position `first` on.
     #[inline(always)]
     pub fn cut(&self, first: usize, count: usize) -> Cut {
-        Cut::new(&self.args.mask, (self.rows, T::V::<I>::LANES), (first, count), |lane| self.query(lane))
+        self.lanes.cut::<I>(first, count)
     }
 
     /// Packs the queries and resets the running softmax.
     #[inline(always)]
     pub fn start(&mut self) {
-        let mut rows: [&[T]; MAX_PANEL] = [&[]; MAX_PANEL];
-        for (lane, row) in rows[..self.rows].iter_mut().enumerate() {
-            let [batch, head, token] = self.query(lane).at();
-            *row = self.args.q.row(batch, token, head);
-        }
+        let Lanes { args, segment, kv_head, first_row, rows } = self.lanes;
         // The next panel's rows are on their way while this one is at work.
-        for row in self.first_row + self.rows..(self.first_row + 2 * self.rows).min(self.segment.q_len * self.args.shape.group())
-        {
-            let [batch, head, token] = self.args.query(self.segment, self.kv_head, row).at();
-            prefetch(self.args.q.row(batch, token, head));
+        for row in first_row + rows..(first_row + 2 * rows).min(segment.q_len * args.shape.group()) {
+            let [batch, head, token] = args.query(segment, kv_head, row).at();
+            prefetch(args.q.row(batch, token, head));
         }
-        K::pack_queries(&rows[..self.rows], self.args.shape.head_dim, self.queries);
+        K::pack_queries(&self.lanes.rows_of(&args.q)[..rows], args.shape.head_dim, self.queries);
         self.acc.fill(T::Acc::ZERO);
         self.m.fill(T::Acc::NEG_INFINITY);
         self.l.fill(T::Acc::ZERO);
@@ -91,7 +66,7 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
         lanes_scratch: &mut [T::Acc],
     ) {
         let lanes = T::V::<I>::LANES;
-        let shape = self.args.shape;
+        let shape = self.lanes.args.shape;
         let (peaks, alphas) = lanes_scratch.split_at_mut(lanes_scratch.len() / 2);
         peaks.fill(T::Acc::NEG_INFINITY);
         for (vectors, keys) in cut.pieces(K::KEY_STEP) {
@@ -100,12 +75,12 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
             }
         }
         let splat = T::V::<I>::splat;
-        let scale = scale_base2::<T::Acc>(self.args.mods.scale.factor);
-        let exponential = self.args.mods.normalizer.is_exponential();
+        let scale = scale_base2::<T::Acc>(self.lanes.args.mods.scale.factor);
+        let exponential = self.lanes.args.mods.normalizer.is_exponential();
         // With a factor that is not positive, the largest score is not the largest product, and a product of -inf hides no key.
-        let plain = !self.args.modifies_scores() && scale > T::Acc::ZERO;
-        let uniform = self.args.mods.scale.is_uniform() && scale > T::Acc::ZERO;
-        let hides_by_value = !uniform || !self.args.biases.iter().all(Bias::is_none);
+        let plain = !self.lanes.args.modifies_scores() && scale > T::Acc::ZERO;
+        let uniform = self.lanes.args.mods.scale.is_uniform() && scale > T::Acc::ZERO;
+        let hides_by_value = !uniform || !self.lanes.args.biases.iter().all(Bias::is_none);
         let mut masked = false;
         for v in 0..cut.vectors {
             let at = v * lanes;
@@ -120,7 +95,7 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
             let peak = if !plain {
                 self.modify((cut, first_key), v, &mut column)
             } else if cut_here {
-                self.hide((cut, first_key), v, &mut column);
+                self.lanes.hide::<I>((cut, first_key), v, keys.clone(), &mut column);
                 score_pass::peak::<T, I>(&column, keys.clone())
             } else {
                 T::V::<I>::load(&peaks[at..])
@@ -165,34 +140,9 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
     #[inline(always)]
     fn shrink(&mut self, alphas: &[T::Acc]) {
         let lanes = T::V::<I>::LANES;
-        for row in self.acc.chunks_exact_mut(K::PANEL).take(self.args.shape.head_dim_v) {
+        for row in self.acc.chunks_exact_mut(K::PANEL).take(self.lanes.args.shape.head_dim_v) {
             for at in (0..alphas.len()).step_by(lanes) {
                 T::V::<I>::load(&row[at..]).mul(T::V::<I>::load(&alphas[at..])).store(&mut row[at..]);
-            }
-        }
-    }
-
-    /// Turns the scores of keys that a row of vector `v` does not see into `-inf`.
-    #[inline(always)]
-    fn hide(&self, (cut, first_key): (&Cut, usize), v: usize, column: &mut Column<'_, T::Acc>) {
-        let lanes = T::V::<I>::LANES;
-        let mask = &self.args.mask;
-        let keys = cut.weighed(v, K::DEPTH);
-        if mask.ranges.is_none() {
-            let (mut starts, mut ends) = ([T::Acc::ZERO; MAX_LANES], [T::Acc::ZERO; MAX_LANES]);
-            for lane in 0..lanes {
-                let hull = mask.hull(&self.query(v * lanes + lane));
-                let limit = |key: usize| T::Acc::from_f64((key as isize - first_key as isize) as f64);
-                (starts[lane], ends[lane]) = (limit(hull.start), limit(hull.end));
-            }
-            let limits = (T::V::<I>::load(&starts), T::V::<I>::load(&ends));
-            score_pass::hide_outside::<T, I>(column, keys, cut.full(v), limits);
-            return;
-        }
-        for lane in 0..lanes {
-            let positions = first_key + keys.start..first_key + keys.end;
-            for key in mask.gaps(&self.query(v * lanes + lane), positions).flatten() {
-                column.rows[(key - first_key) * column.stride + lane] = T::Acc::NEG_INFINITY;
             }
         }
     }
@@ -201,46 +151,15 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
     /// returns their maximum.
     #[inline(always)]
     fn modify(&self, (cut, first_key): (&Cut, usize), v: usize, column: &mut Column<'_, T::Acc>) -> T::V<I> {
-        let lanes = T::V::<I>::LANES;
-        let from = T::Acc::from_f64;
-        let args = self.args;
+        let args = self.lanes.args;
         let keys = cut.weighed(v, K::DEPTH);
-        let query = |lane: usize| self.query(v * lanes + lane);
-        let unit = args.unit();
-        let factor = args.mods.softcap.map_or(unit, |cap| 1.0 / cap);
-        let scale = if args.mods.scale.is_uniform() {
-            T::V::<I>::splat(from(args.mods.scale.factor * factor))
-        } else {
-            score_pass::lanes::<T, I>(|lane| args.scale(&query(lane)) * factor)
-        };
-        let capped = args.mods.softcap.map(|cap| score_pass::softcap::<T, I>(column, keys.clone(), scale, from(unit * cap)));
-        let peak = if args.mods.alibi_slopes.is_some() {
-            let position = |lane: usize| query(lane).position() - first_key as isize;
-            let scale = if capped.is_some() { T::V::<I>::splat(from(1.0)) } else { scale };
-            let alibi = score_pass::Alibi {
-                slope: score_pass::lanes::<T, I>(|lane| args.alibi_slope(&query(lane)) * unit),
-                position: score_pass::lanes::<T, I>(|lane| position(lane) as f64),
-                ahead: keys.end as isize <= position(0) + 1,
-            };
-            score_pass::alibi::<T, I>(column, keys.clone(), scale, &alibi)
-        } else if let Some(peak) = capped {
-            peak
-        } else {
-            score_pass::scale::<T, I>(column, keys.clone(), scale)
-        };
+        let peak = self.lanes.modify::<I>(first_key, v, keys.clone(), column, None);
         let hides = cut.hides(v, K::KEY_STEP);
         if !hides && args.biases.iter().all(Bias::is_none) && args.mods.normalizer == Normalizer::Softmax {
             return peak;
         }
-        for bias in args.biases.iter().filter(|bias| !bias.is_none()) {
-            for j in keys.clone().step_by(lanes) {
-                let count = lanes.min(keys.end - j);
-                let block = self.bias_block(bias, v, first_key + j, count);
-                score_pass::add_bias::<T, I>(column, (j, count), &block, from(unit));
-            }
-        }
         if hides {
-            self.hide((cut, first_key), v, column);
+            self.lanes.hide::<I>((cut, first_key), v, keys.clone(), column);
         }
         if args.mods.normalizer != Normalizer::Softmax {
             score_pass::map::<T, I>(column, keys.clone(), |score| args.mods.normalizer.weight(score));
@@ -248,34 +167,14 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
         score_pass::peak::<T, I>(column, keys)
     }
 
-    /// Bias of `count` keys, key by key, for the queries of vector `v`.
-    #[inline(always)]
-    fn bias_block(&self, bias: &Bias<'_, T>, v: usize, first_key: usize, count: usize) -> <T::V<I> as Vector>::Block {
-        let lanes = T::V::<I>::LANES;
-        let mut block = T::V::<I>::zero_block();
-        let mut values = [T::Acc::ZERO; MAX_LANES];
-        if bias.is_per_key() {
-            bias.read([self.segment.q_batch, 0, 0], first_key, &mut values[..count]);
-            for (column, &value) in block.as_mut().iter_mut().zip(&values) {
-                *column = T::V::<I>::splat(value);
-            }
-            return block;
-        }
-        for (i, row) in block.as_mut().iter_mut().enumerate() {
-            bias.read(self.query(v * lanes + i).at(), first_key, &mut values[..count]);
-            *row = T::V::<I>::load(&values);
-        }
-        T::V::<I>::transpose(block)
-    }
-
     /// What `K::accumulate` does, entry by entry and only for keys that a row sees: a hidden key's weight is 0, but 0 times an
     /// infinite or NaN value would not be.
     fn accumulate_seen(&mut self, (cut, first_key): (&Cut, usize), probs: &[T::Acc], alphas: &[T::Acc]) {
-        let shape = self.args.shape;
+        let shape = self.lanes.args.shape;
         let lanes = T::V::<I>::LANES;
-        let places = self.args.places(self.segment);
+        let places = self.lanes.args.places(self.lanes.segment);
         for v in 0..cut.vectors {
-            for lane in v * lanes..((v + 1) * lanes).min(self.rows) {
+            for lane in v * lanes..((v + 1) * lanes).min(self.lanes.rows) {
                 for d in 0..shape.head_dim_v {
                     let mut sum = self.acc[d * K::PANEL + lane].to_f64() * alphas[lane].to_f64();
                     for j in cut.weighed(v, K::DEPTH) {
@@ -283,7 +182,7 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
                         let p = T::Kernel::<I>::unfold(operand, j % K::DEPTH).to_f64();
                         if p.is_sign_positive() {
                             let (batch, token) = places.place(first_key + j);
-                            sum += p * self.args.v.row(batch, token, self.kv_head)[d].to_acc().to_f64();
+                            sum += p * self.lanes.args.v.row(batch, token, self.lanes.kv_head)[d].to_acc().to_f64();
                         }
                     }
                     self.acc[d * K::PANEL + lane] = T::Acc::from_f64(sum);
@@ -296,10 +195,10 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
     #[inline(always)]
     pub fn finish(&mut self, out: &ExactOut<'_, T>) {
         let lanes = T::V::<I>::LANES;
-        let head_dim_v = self.args.shape.head_dim_v;
-        for lane in 0..self.rows {
-            let query = self.query(lane);
-            let (factor, log_sum) = self.args.close(&query, self.m[lane], self.l[lane]);
+        let head_dim_v = self.lanes.args.shape.head_dim_v;
+        for lane in 0..self.lanes.rows {
+            let query = self.lanes.query(lane);
+            let (factor, log_sum) = self.lanes.args.close(&query, self.m[lane], self.l[lane]);
             let [batch, head, token] = query.at();
             if let Some(lse) = &out.lse {
                 lse.row(batch, token, head)[0] = log_sum;
@@ -307,12 +206,12 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
             self.l[lane] = factor;
         }
         let zeros = [T::zeroed(); MAX_LANES];
-        for v in 0..self.rows.div_ceil(lanes) {
+        for v in 0..self.lanes.rows.div_ceil(lanes) {
             let shrink = T::V::<I>::load(&self.l[v * lanes..]);
-            let filled = lanes.min(self.rows - v * lanes);
+            let filled = lanes.min(self.lanes.rows - v * lanes);
             let mut rows: [&mut [T]; MAX_LANES] = std::array::from_fn(|_| &mut [] as &mut [T]);
             for (i, row) in rows[..filled].iter_mut().enumerate() {
-                let [batch, head, token] = self.query(v * lanes + i).at();
+                let [batch, head, token] = self.lanes.query(v * lanes + i).at();
                 *row = out.out.row(batch, token, head);
             }
             for d in (0..head_dim_v).step_by(lanes) {

@@ -20,7 +20,7 @@ pub struct Blocking {
 /// the panel at work fit, and a thread stays within its memory budget.
 const SCRATCH_BYTES: usize = 1 << 20;
 /// Scores of one panel and block stay below this, so that they are found in L1.
-const SCORE_BYTES: usize = 18 * 1024;
+pub const SCORE_BYTES: usize = 18 * 1024;
 /// Tasks that one thread's share of the last heads is cut into, to even out what differs between threads.
 const FINE_TASKS_PER_THREAD: usize = 8;
 /// Panels of a fine task: fewer would spend too much of their time on packing keys and values.

@@ -16,6 +16,7 @@
 //! 2. Mask code runs on blocks that a mask cuts, nowhere else.
 //! 3. The scale enters with the exponential, where it costs nothing; scores are in base 2.
 
+use super::lanes::Lanes;
 use super::panel::Panel;
 use super::plan::{Plan, RowTask};
 use super::{Blocking, ExactArgs, ExactOut};
@@ -166,7 +167,8 @@ impl<T: SimdElement> Prefill<'_, T> {
         p: usize,
     ) -> Panel<'s, T, I, K> {
         let rows = panel_rows::<T, K>(task, p);
-        Panel::new(self.args, &self.plan.buffers, state, (segment, task.kv_head), rows.start, rows.len())
+        let lanes = Lanes { args: self.args, segment, kv_head: task.kv_head, first_row: rows.start, rows: rows.len() };
+        Panel::new(lanes, &self.plan.buffers, state)
     }
 }
 

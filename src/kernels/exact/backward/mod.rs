@@ -9,16 +9,23 @@
 //! dq_i    = sum over j of dS_ij (ds_ij / d(q_i . k_j)) k_j,   dk_j likewise
 //! ```
 
+mod chunk;
+mod delta;
 pub mod naive;
+mod panel;
+mod plan;
 pub mod sums;
 
-use super::ExactArgs;
+use super::{Blocking, ExactArgs};
 use crate::dtype::{Element, Float};
 use crate::index::Query;
 use crate::kernels::score_mod::Normalizer;
-use crate::parallel::RowWriter;
-use crate::simd::{Level, SimdElement};
+use crate::math::tile::VectorTiles;
+use crate::parallel::{RowTurns, RowWriter, for_each_tile};
+use crate::simd::{Isa, Level, SimdElement, Task};
 use crate::tensor::Tensor;
+use plan::Plan;
+use std::sync::OnceLock;
 
 /// What is differentiated, and the gradient of its results.
 #[derive(Debug, Clone, Copy)]
@@ -35,14 +42,24 @@ pub struct BackwardArgs<'a, T: Element> {
     pub d_lse: Option<Tensor<'a, T::Acc>>,
 }
 
+/// A writable `[B, S, H, D]` array with strides along batch, sequence and head.
+pub struct RowsMut<'a, T> {
+    /// The elements.
+    pub data: &'a mut [T],
+    /// Extents.
+    pub shape: [usize; 4],
+    /// Strides.
+    pub strides: [usize; 3],
+}
+
 /// Where the gradients of queries, keys and values go.
 pub struct Gradients<'a, T: Element> {
     /// `[B, Sq, H, D]`.
-    pub q: Option<RowWriter<'a, T>>,
+    pub q: Option<RowsMut<'a, T>>,
     /// `[B, Sk, Hkv, D]`.
-    pub k: Option<RowWriter<'a, T>>,
+    pub k: Option<&'a RowWriter<'a, T>>,
     /// `[B, Sk, Hkv, Dv]`.
-    pub v: Option<RowWriter<'a, T>>,
+    pub v: Option<&'a RowWriter<'a, T>>,
 }
 
 /// What turns the scores of a query into weights and their gradients.
@@ -55,6 +72,19 @@ pub struct RowState {
 }
 
 impl RowState {
+    /// `delta` from the log-sum-exp, its gradient, and the product of the output and its gradient.
+    #[inline(always)]
+    fn delta(normalizer: Normalizer, lse: f64, d_lse: f64, dot: impl FnOnce() -> f64) -> f64 {
+        if lse == f64::NEG_INFINITY {
+            return 0.0;
+        }
+        if normalizer.divides() {
+            return dot() - d_lse;
+        }
+        // lse = ln l, and every weight has its share of l.
+        if d_lse == 0.0 { 0.0 } else { -d_lse * (-lse).exp() }
+    }
+
     /// What weights that are no exponentials are multiplied by.
     pub fn share(&self, normalizer: Normalizer) -> f64 {
         if normalizer.divides() { (-self.lse).exp() } else { 1.0 }
@@ -66,23 +96,163 @@ impl<T: Element> BackwardArgs<'_, T> {
     pub fn row_state(&self, query: &Query<'_>) -> RowState {
         let [batch, head, token] = query.at();
         let lse = self.lse.row(batch, token, head)[0].to_f64();
-        let normalizer = self.forward.mods.normalizer;
         let d_lse = self.d_lse.map_or(0.0, |d_lse| d_lse.row(batch, token, head)[0].to_f64());
-        if lse == f64::NEG_INFINITY {
-            return RowState { lse: 0.0, delta: 0.0 };
-        }
-        if !normalizer.divides() {
-            // lse = ln l, and every weight has its share of l.
-            let share = if d_lse == 0.0 { 0.0 } else { (-lse).exp() };
-            return RowState { lse, delta: -d_lse * share };
-        }
-        let (out, d_out) = (self.out.row(batch, token, head), self.d_out.row(batch, token, head));
-        let dot: f64 = out.iter().zip(d_out).map(|(&o, &g)| o.to_acc().to_f64() * g.to_acc().to_f64()).sum();
-        RowState { lse, delta: dot - d_lse }
+        let dot = || -> f64 {
+            let (out, d_out) = (self.out.row(batch, token, head), self.d_out.row(batch, token, head));
+            out.iter().zip(d_out).map(|(&o, &g)| o.to_acc().to_f64() * g.to_acc().to_f64()).sum()
+        };
+        let delta = RowState::delta(self.forward.mods.normalizer, lse, d_lse, dot);
+        RowState { lse: if lse == f64::NEG_INFINITY { 0.0 } else { lse }, delta }
     }
 }
 
-/// Computes the gradients of queries, keys and values.
-pub fn backward<T: SimdElement>(args: &BackwardArgs<'_, T>, gradients: &Gradients<'_, T>, _level: Level, _threads: usize) {
-    naive::backward(args, gradients);
+/// Which gradients are wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wanted {
+    /// That of the queries.
+    pub q: bool,
+    /// That of the keys.
+    pub k: bool,
+    /// That of the values.
+    pub v: bool,
+}
+
+/// Calls of fewer floating-point operations than this are over before another thread would start.
+const SERIAL_FLOPS: usize = 1 << 21;
+
+/// How many threads a call is worth.
+pub(super) fn threads_for<T: Element>(args: &ExactArgs<'_, T>, threads: usize) -> usize {
+    let shape = args.shape;
+    let scores = |segment: usize| {
+        let segment = args.segment(segment);
+        let rows = segment.q_len * shape.group();
+        // Of all rows, the last sees about as many keys as any.
+        rows.saturating_mul(args.hull(&segment, 0, rows.saturating_sub(1)..rows).len())
+    };
+    let scores: usize = (0..args.segment_count()).map(scores).fold(0, usize::saturating_add);
+    let flops = scores.saturating_mul(shape.num_kv_heads * 2 * (3 * shape.head_dim + 2 * shape.head_dim_v));
+    if flops < SERIAL_FLOPS { 1 } else { threads }
+}
+
+/// Computes the gradients of queries, keys and values, with up to `threads` threads. Results do not depend on how many.
+///
+/// Keys that are in no segment get zeros, and so do queries.
+pub fn backward<T: SimdElement>(
+    args: &BackwardArgs<'_, T>,
+    gradients: Gradients<'_, T>,
+    level: Level,
+    threads: usize,
+    blocking: Blocking,
+) {
+    let wanted = Wanted { q: gradients.q.is_some(), k: gradients.k.is_some(), v: gradients.v.is_some() };
+    let threads = threads_for(&args.forward, threads);
+    let plan = OnceLock::new();
+    level.run(&Planning { args: &args.forward, wanted, blocking, plan: &plan }, 0);
+    let Some(plan) = plan.into_inner() else { return };
+    let deltas = delta::deltas(args, level, threads);
+    for (writer, like) in [(gradients.k, args.forward.k), (gradients.v, args.forward.v)] {
+        if let Some(writer) = writer {
+            clear_uncovered(&args.forward, writer, like.shape());
+        }
+    }
+    let Gradients { q, k, v } = gradients;
+    let run = |turns: &RowTurns<'_, T::Acc>| {
+        let work = Work { backward: chunk::Backward { args, deltas: &deltas, query_sums: turns, k, v, wanted, plan: &plan } };
+        for_each_tile(level, threads, plan.tasks.len(), &work);
+    };
+    let Some(RowsMut { data, shape, strides }) = q else {
+        run(&RowTurns::new(&mut [], [0; 4], [0; 3], 0));
+        return;
+    };
+    if size_of::<T>() == size_of::<T::Acc>() {
+        // The same type: sums are built where they are wanted.
+        let data: &mut [T::Acc] = bytemuck::cast_slice_mut(data);
+        run(&RowTurns::new(zeroed(data, shape, strides), shape, strides, plan.panels()));
+        return;
+    }
+    let [_, tokens, heads, width] = shape;
+    // Head by head, as tasks go through them.
+    let by_head = [tokens * heads * width, width, tokens * width];
+    let mut sums = vec![T::Acc::ZERO; shape.iter().product()];
+    run(&RowTurns::new(&mut sums, shape, by_head, plan.panels()));
+    let out = RowWriter::new(data, shape, strides);
+    let rows = shape[0] * tokens * heads;
+    for_each_tile(level, threads, rows.div_ceil(delta::ROWS), &Narrow { sums: &sums, out: &out, shape });
+}
+
+/// Clears the rows of an array, not what lies between them.
+fn zeroed<A: Float>(data: &mut [A], shape: [usize; 4], strides: [usize; 3]) -> &mut [A] {
+    let writer = RowWriter::new(&mut *data, shape, strides);
+    for batch in 0..shape[0] {
+        for token in 0..shape[1] {
+            for head in 0..shape[2] {
+                writer.row(batch, token, head).fill(A::ZERO);
+            }
+        }
+    }
+    drop(writer);
+    data
+}
+
+/// Writes zeros for keys that no segment holds.
+fn clear_uncovered<T: Element>(args: &ExactArgs<'_, T>, writer: &RowWriter<'_, T>, shape: [usize; 4]) {
+    let [batches, tokens, heads, _] = shape;
+    let mut covered = vec![false; batches * tokens];
+    for segment in (0..args.segment_count()).map(|index| args.segment(index)) {
+        let first = segment.k_batch * tokens + segment.k_first;
+        covered[first + segment.k_start..first + segment.k_end].fill(true);
+    }
+    for (row, _) in covered.iter().enumerate().filter(|&(_, &covered)| !covered) {
+        for head in 0..heads {
+            writer.row(row / tokens, row % tokens, head).fill(T::zeroed());
+        }
+    }
+}
+
+/// Panels differ between instruction sets, and with them the tasks.
+struct Planning<'a, T: SimdElement> {
+    args: &'a ExactArgs<'a, T>,
+    wanted: Wanted,
+    blocking: Blocking,
+    plan: &'a OnceLock<Plan>,
+}
+
+impl<T: SimdElement> Task for Planning<'_, T> {
+    #[inline(always)]
+    fn run<I: Isa>(&self, _index: usize) {
+        self.plan.get_or_init(|| Plan::new::<T, VectorTiles<I>>(self.args, self.wanted, self.blocking));
+    }
+}
+
+struct Work<'a, T: SimdElement> {
+    backward: chunk::Backward<'a, T>,
+}
+
+impl<T: SimdElement> Task for Work<'_, T> {
+    #[inline(always)]
+    fn run<I: Isa>(&self, index: usize) {
+        self.backward.run::<I, VectorTiles<I>>(&self.backward.plan.tasks[index]);
+    }
+}
+
+/// Rounds sums of the gradients of queries.
+struct Narrow<'a, T: SimdElement> {
+    sums: &'a [T::Acc],
+    out: &'a RowWriter<'a, T>,
+    shape: [usize; 4],
+}
+
+impl<T: SimdElement> Task for Narrow<'_, T> {
+    #[inline(always)]
+    fn run<I: Isa>(&self, index: usize) {
+        let [batches, tokens, heads, width] = self.shape;
+        let rows = batches * tokens * heads;
+        for row in index * delta::ROWS..((index + 1) * delta::ROWS).min(rows) {
+            let (batch, token, head) = (row / heads / tokens, row / heads % tokens, row % heads);
+            let start = ((batch * heads + head) * tokens + token) * width;
+            for (out, &x) in self.out.row(batch, token, head).iter_mut().zip(&self.sums[start..start + width]) {
+                *out = T::from_acc(x);
+            }
+        }
+    }
 }

@@ -1,14 +1,14 @@
 //! The definition, query by query, kept for ever: every fast form is tested against it.
 
 use super::super::naive::{Score, seen_scores};
-use super::{BackwardArgs, Gradients};
+use super::{BackwardArgs, Gradients, RowsMut};
 use crate::dtype::{Element, Float};
 use crate::index::Query;
 use crate::kernels::score_mod::Normalizer;
 use crate::parallel::RowWriter;
 
 /// Computes all gradients in f64.
-pub fn backward<T: Element>(args: &BackwardArgs<'_, T>, gradients: &Gradients<'_, T>) {
+pub fn backward<T: Element>(args: &BackwardArgs<'_, T>, gradients: Gradients<'_, T>) {
     let shape = args.forward.shape;
     let mut dq = Rows::new([shape.batch, shape.seqlen_q, shape.num_heads, shape.head_dim]);
     let mut dk = Rows::new([shape.batch, shape.seqlen_k, shape.num_kv_heads, shape.head_dim]);
@@ -23,7 +23,8 @@ pub fn backward<T: Element>(args: &BackwardArgs<'_, T>, gradients: &Gradients<'_
         dq.add([batch, token, head], found.d_score * found.score.slope, k);
         dk.add([k_batch, k_token, kv_head], found.d_score * found.score.slope, q);
     });
-    for (rows, writer) in [(&dq, &gradients.q), (&dk, &gradients.k), (&dv, &gradients.v)] {
+    let q = gradients.q.map(|RowsMut { data, shape, strides }| RowWriter::new(data, shape, strides));
+    for (rows, writer) in [(&dq, q.as_ref()), (&dk, gradients.k), (&dv, gradients.v)] {
         if let Some(writer) = writer {
             rows.write(writer);
         }

@@ -1,0 +1,55 @@
+//! `delta` of every query: what the gradients of its weights are compared with.
+
+use super::{BackwardArgs, RowState};
+use crate::dtype::Float;
+use crate::math::load::{MAX_LANES, load_padded};
+use crate::parallel::{RowWriter, for_each_tile};
+use crate::simd::{Isa, Level, SimdElement, Task, Vector};
+
+/// Rows of a task.
+pub const ROWS: usize = 256;
+
+struct Deltas<'a, T: SimdElement> {
+    args: &'a BackwardArgs<'a, T>,
+    out: &'a RowWriter<'a, T::Acc>,
+}
+
+/// `delta`, `[B, Sq, H]`.
+pub fn deltas<T: SimdElement>(args: &BackwardArgs<'_, T>, level: Level, threads: usize) -> Vec<T::Acc> {
+    let [batches, tokens, heads, _] = args.out.shape();
+    let rows = batches * tokens * heads;
+    let mut deltas = vec![T::Acc::ZERO; rows];
+    let out = RowWriter::new(&mut deltas, [1, rows, 1, 1], [rows, 1, 1]);
+    for_each_tile(level, threads, rows.div_ceil(ROWS), &Deltas { args, out: &out });
+    drop(out);
+    deltas
+}
+
+impl<T: SimdElement> Task for Deltas<'_, T> {
+    #[inline(always)]
+    fn run<I: Isa>(&self, index: usize) {
+        let args = self.args;
+        let [batches, tokens, heads, _] = args.out.shape();
+        let rows = batches * tokens * heads;
+        let normalizer = args.forward.mods.normalizer;
+        for row in index * ROWS..((index + 1) * ROWS).min(rows) {
+            let (batch, token, head) = (row / heads / tokens, row / heads % tokens, row % heads);
+            let lse = args.lse.row(batch, token, head)[0].to_f64();
+            let d_lse = args.d_lse.map_or(0.0, |d_lse| d_lse.row(batch, token, head)[0].to_f64());
+            let dot = || dot::<T, I>(args.out.row(batch, token, head), args.d_out.row(batch, token, head));
+            self.out.row(0, row, 0)[0] = T::Acc::from_f64(RowState::delta(normalizer, lse, d_lse, dot));
+        }
+    }
+}
+
+#[inline(always)]
+fn dot<T: SimdElement, I: Isa>(a: &[T], b: &[T]) -> f64 {
+    let lanes = T::V::<I>::LANES;
+    let mut sums = T::V::<I>::splat(T::Acc::ZERO);
+    for (a, b) in a.chunks(lanes).zip(b.chunks(lanes)) {
+        sums = load_padded::<T, I>(a).mul_add(load_padded::<T, I>(b), sums);
+    }
+    let mut parts = [T::Acc::ZERO; MAX_LANES];
+    sums.store(&mut parts);
+    parts.iter().map(|part| part.to_f64()).sum()
+}
