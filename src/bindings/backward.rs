@@ -101,7 +101,8 @@ fn run_sums<T: SimdElement>(
 ) -> PyResult<()> {
     let args = results.args::<T>(inputs)?;
     let mut sums = vec![T::Acc::ZERO; table.len()];
-    enter::enter(py, || score_sums(&args, table, &mut sums))?;
+    let (level, threads, blocking) = (runtime::level()?, runtime::threads(py)?, runtime::blocking()?);
+    enter::enter(py, || score_sums(&args, table, &mut sums, level, threads, blocking))?;
     write_all(into, &sums)
 }
 

@@ -24,7 +24,8 @@ impl Table {
     /// Copies an array of numbers and broadcasts it to `target`.
     fn read(arg: &'static str, object: &Bound<'_, PyAny>, like: &Array<'_>, target: [usize; 3], align: Align) -> PyResult<Self> {
         let dtypes: &[DType] = match align {
-            Align::Heads => &[DType::F32, DType::F64],
+            Align::Heads if like.float()? == DType::F64 => &[DType::F32, DType::F64],
+            Align::Heads => &[DType::F32],
             Align::HeadsOrRows => &[DType::F32, like.float()?],
             Align::Rows => &[DType::F32, DType::F64, like.float()?],
         };

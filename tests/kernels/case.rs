@@ -76,7 +76,7 @@ impl Stream {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 11) as f64 / (1u64 << 52) as f64 - 1.0
     }
-    fn fill<T: Element>(&mut self, len: usize, width: f64) -> Vec<T> {
+    pub fn fill<T: Element>(&mut self, len: usize, width: f64) -> Vec<T> {
         (0..len).map(|_| T::from_acc(T::Acc::from_f64(self.next() * width))).collect()
     }
 }
@@ -99,12 +99,15 @@ impl<T: SimdElement> Case<T> {
         }
     }
 
-    fn run<'a>(&'a self, kind: BiasKind, form: impl Fn(&ExactArgs<'_, T>, &ExactOut<'_, T>)) -> (Vec<T>, Vec<T::Acc>) {
+    /// Calls `with` with the arguments.
+    pub fn with_args<R>(&self, kind: BiasKind, with: impl FnOnce(&ExactArgs<'_, T>) -> R) -> R {
         let s = self.shape;
         let [h, sq, sk] = [s.num_heads, s.seqlen_q, s.seqlen_k];
         let dense = [h * sq * sk, sq * sk, sk, 1].map(|stride| stride as isize);
         let windows: Vec<Window> = (0..h).map(|head| self.seen.windows[head % self.seen.windows.len()]).collect();
-        let table = |data: &'a Option<Vec<f64>>, strides| data.as_deref().map(|data| RowTable { data, strides });
+        fn table(data: Option<&Vec<f64>>, strides: [usize; 3]) -> Option<RowTable<'_>> {
+            data.map(|data| RowTable { data, strides })
+        }
         let args = ExactArgs {
             shape: s,
             q: Tensor::contiguous("q", &self.q, [s.batch, sq, h, s.head_dim]).unwrap(),
@@ -131,29 +134,35 @@ impl<T: SimdElement> Case<T> {
             mods: ScoreMod {
                 scale: Scale {
                     factor: self.scale,
-                    rows: table(&self.mods.row_scale, [0, 0, 1]),
+                    rows: table(self.mods.row_scale.as_ref(), [0, 0, 1]),
                     by_length: self.mods.by_length.as_deref(),
                 },
                 softcap: self.mods.softcap,
-                alibi_slopes: table(&self.mods.slopes, [0, 1, 0]),
-                sinks: table(&self.mods.sinks, [0, 1, 0]),
+                alibi_slopes: table(self.mods.slopes.as_ref(), [0, 1, 0]),
+                sinks: table(self.mods.sinks.as_ref(), [0, 1, 0]),
                 normalizer: self.mods.normalizer,
             },
         };
+        with(&args)
+    }
+
+    /// The result of a form.
+    pub fn run(&self, kind: BiasKind, form: impl Fn(&ExactArgs<'_, T>, &ExactOut<'_, T>)) -> Results<T> {
+        let s = self.shape;
+        let [h, sq] = [s.num_heads, s.seqlen_q];
         let nan = T::Acc::from_f64(f64::NAN);
         let mut out = vec![T::from_acc(nan); s.batch * sq * h * s.head_dim_v];
         let mut lse = vec![nan; s.batch * h * sq];
-        form(
-            &args,
-            &ExactOut {
-                out: RowWriter::new(
-                    &mut out,
-                    [s.batch, sq, h, s.head_dim_v],
-                    [sq * h * s.head_dim_v, h * s.head_dim_v, s.head_dim_v],
-                ),
-                lse: Some(RowWriter::new(&mut lse, [s.batch, sq, h, 1], [h * sq, 1, sq])),
-            },
-        );
+        let writers = ExactOut {
+            out: RowWriter::new(
+                &mut out,
+                [s.batch, sq, h, s.head_dim_v],
+                [sq * h * s.head_dim_v, h * s.head_dim_v, s.head_dim_v],
+            ),
+            lse: Some(RowWriter::new(&mut lse, [s.batch, sq, h, 1], [h * sq, 1, sq])),
+        };
+        self.with_args(kind, |args| form(args, &writers));
+        drop(writers);
         (out, lse)
     }
 
@@ -192,11 +201,11 @@ impl<T: SimdElement> Case<T> {
 
 pub type Results<T> = (Vec<T>, Vec<<T as Element>::Acc>);
 
-fn assert_same<T: Element>(one: &[T], other: &[T]) {
+pub fn assert_same<T: Element>(one: &[T], other: &[T]) {
     assert_eq!(bytemuck::cast_slice::<T, u8>(one), bytemuck::cast_slice::<T, u8>(other), "threads change bits");
 }
 
-fn widen<T: Element>(x: &[T]) -> Vec<f64> {
+pub fn widen<T: Element>(x: &[T]) -> Vec<f64> {
     x.iter().map(|x| x.to_acc().to_f64()).collect()
 }
 

@@ -19,7 +19,7 @@ const SHAPES: [Sizes; 5] = [
 ];
 const TINY: Blocking = Blocking { block_q: Some(1), block_k: Some(8) };
 
-fn all_mods(queries: usize, keys: usize) -> Vec<Mods> {
+pub fn all_mods(queries: usize, keys: usize) -> Vec<Mods> {
     let mut stream = Stream(7);
     let mut some = |len: usize| (0..len).map(|_| stream.next()).collect::<Vec<f64>>();
     let (slopes, sinks, rows) = (some(4), some(4), some(queries));
@@ -44,7 +44,7 @@ fn all_mods(queries: usize, keys: usize) -> Vec<Mods> {
     ]
 }
 
-fn all_normalizers() -> [Normalizer; 6] {
+pub fn all_normalizers() -> [Normalizer; 6] {
     [
         Normalizer::Sigmoid { bias: -1.5 },
         Normalizer::Softplus,
@@ -55,7 +55,7 @@ fn all_normalizers() -> [Normalizer; 6] {
     ]
 }
 
-fn gaps(queries: usize, keys: usize) -> Seen {
+pub fn gaps(queries: usize, keys: usize) -> Seen {
     let mut ranges = RowRanges { indptr: vec![0], intervals: vec![], strides: [0, 0, 1] };
     for token in 0..queries {
         // A prefix, a stretch in the middle that moves, nothing at all for some.

@@ -124,7 +124,7 @@ def attention(
         relative_bias: what is added by the distance of key and query, `[H, Sq + Sk - 1]`, or `[1, Sq + Sk - 1]` for all heads;
             float32 or q's dtype. `subquad.biases` makes them.
         softcap: a finite number above 0 that scaled scores stay within.
-        alibi_slopes: slopes of ALiBi, `[H]` or `[B, H]`, float32.
+        alibi_slopes: slopes of ALiBi, `[H]` or `[B, H]`, float32 (with float64 inputs also float64).
         sinks: a logit that takes part in the sum of exponentials and has no value: one for each head, `[H]`, or an array of rank 2
             or 3 that broadcasts to `[B, H, Sq]`; float32 or q's dtype. `lse` includes it. `-inf` is no sink.
         length_scale: `[Sk + 1]`, float32, float64 or q's dtype: the scale of a query that sees `n` keys by `causal`, `window_size`

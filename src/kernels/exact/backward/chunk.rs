@@ -3,6 +3,7 @@
 use super::super::lanes::Lanes;
 use super::panel::{Computed, GradientPanel, Of, PackedBlock, ScoreBuffers};
 use super::plan::{ChunkTask, Plan};
+use super::sums::SumTable;
 use super::{BackwardArgs, Wanted};
 use crate::dtype::{Element, Float};
 use crate::index::Segment;
@@ -28,6 +29,8 @@ pub struct Backward<'a, T: SimdElement> {
     pub v: Option<&'a RowWriter<'a, T>>,
     /// What is wanted.
     pub wanted: Wanted,
+    /// Whether the gradients of scores are summed, and nothing else.
+    pub table: Option<&'a SumTable>,
     /// The cut.
     pub plan: &'a Plan,
 }
@@ -62,9 +65,9 @@ struct Folded<'s, A> {
 }
 
 impl<T: SimdElement> Backward<'_, T> {
-    /// Runs a task.
+    /// Runs a task. With a table, score gradients are summed into the wide entries, if there are any, else into the others.
     #[inline(always)]
-    pub fn run<I: Isa, K: RowKernel<T>>(&self, task: &ChunkTask) {
+    pub fn run<I: Isa, K: RowKernel<T>>(&self, task: &ChunkTask, (wide, entries): (&mut [f64], &mut [T::Acc])) {
         let _watch = self.query_sums.watch();
         let (forward, plan, buffers) = (&self.args.forward, self.plan, &self.plan.buffers);
         let shape = forward.shape;
@@ -87,17 +90,19 @@ impl<T: SimdElement> Backward<'_, T> {
         let (folded_gradients, scratch) = scratch.split_at_mut(buffers.along_queries);
         let (along_keys, scratch) = scratch.split_at_mut(buffers.along_keys);
 
-        let first = task.chunk * plan.chunk_k;
-        let positions = first.max(segment.k_start)..(first + plan.chunk_k).min(segment.k_end);
+        let positions = plan.positions(task, &segment);
         let places = forward.places(&segment);
         let rows = HeadRows { tensor: forward.k, places, head: task.kv_head, first: positions.start, count: positions.len() };
         let value_rows = HeadRows { tensor: forward.v, ..rows };
-        K::pack_keys(&rows, shape.head_dim, keys);
-        K::pack_keys(&value_rows, shape.head_dim_v, values);
+        let mut finite = true;
+        // One site for each piece of vector code: it is compiled for every type and level.
+        for (rows, dim, packed) in [(&rows, shape.head_dim, &mut *keys), (&value_rows, shape.head_dim_v, &mut *values)] {
+            K::pack_keys(rows, dim, packed);
+            finite &= rows.are_finite::<I>();
+        }
         if !key_rows.is_empty() {
             K::pack_rows(|j| rows.get(j), rows.count, shape.head_dim, key_rows);
         }
-        let finite = rows.are_finite::<I>() && value_rows.are_finite::<I>();
         let chunk = Chunk::<T> { positions: positions.clone(), keys, key_rows, values, finite };
         let mut sums = Sums { keys: key_sums, values: value_sums, queries: query_sums };
         sums.keys.fill(T::Acc::ZERO);
@@ -116,7 +121,7 @@ impl<T: SimdElement> Backward<'_, T> {
                 Lanes { args: forward, segment: &segment, kv_head: task.kv_head, first_row: rows.start, rows: rows.len() };
             let panel = GradientPanel::<T, I, K>::new(self.args, self.deltas, buffers, lanes, scratch);
             // The rows of one head may lie apart by all heads: hardware prefetchers do not see them coming.
-            for row in rows.start..rows.end {
+            for row in if self.wanted.q { rows.clone() } else { 0..0 } {
                 let [batch, head, token] = forward.query(&segment, task.kv_head, row).at();
                 self.query_sums.prefetch(batch, token, head);
             }
@@ -125,7 +130,8 @@ impl<T: SimdElement> Backward<'_, T> {
                 prefetch(forward.q.row(batch, token, head));
                 prefetch(self.args.d_out.row(batch, token, head));
             }
-            self.visit(&chunk, &panel, &mut panel_rows, &mut scores, &mut folded, &mut sums);
+            let entries = (&mut *wide, &mut *entries);
+            self.visit(&chunk, &panel, &mut panel_rows, &mut scores, &mut folded, &mut sums, entries);
             if self.wanted.q {
                 let mut turn = self.query_sums.wait(plan.place(task, p, panels), before);
                 let factor = self.shared_factor();
@@ -154,16 +160,18 @@ impl<T: SimdElement> Backward<'_, T> {
         scores: &mut ScoreBuffers<'_, T::Acc>,
         folded: &mut Folded<'_, T::Acc>,
         sums: &mut Sums<'_, T::Acc>,
+        (wide, entries): (&mut [f64], &mut [T::Acc]),
     ) {
         let (wanted, lanes) = (self.wanted, panel.lanes);
         let shape = lanes.args.shape;
         let mut finite = chunk.finite;
         let (q, d_out) = (lanes.rows_of(&self.args.forward.q), lanes.rows_of(&self.args.d_out));
-        if wanted.k {
-            finite &= K::pack_rows(|lane| q[lane], lanes.rows, shape.head_dim, rows.queries);
-        }
-        if wanted.v {
-            finite &= K::pack_rows(|lane| d_out[lane], lanes.rows, shape.head_dim_v, rows.d_outs);
+        for (wanted, from, dim, packed) in
+            [(wanted.k, &q, shape.head_dim, &mut *rows.queries), (wanted.v, &d_out, shape.head_dim_v, &mut *rows.d_outs)]
+        {
+            if wanted {
+                finite &= K::pack_rows(|lane| from[lane], lanes.rows, dim, packed);
+            }
         }
         sums.queries.fill(T::Acc::ZERO);
         let (key_stride, value_stride) = (K::row_stride(shape.head_dim), K::row_stride(shape.head_dim_v));
@@ -175,7 +183,19 @@ impl<T: SimdElement> Backward<'_, T> {
                 first: chunk.positions.start + first,
                 count,
             };
-            let Some(Computed { keys, hides }) = panel.compute(&block, Of::Products, scores) else { continue };
+            let of = if self.table.is_some() { Of::Scores } else { Of::Products };
+            let Some(Computed { keys, hides }) = panel.compute(&block, of, scores) else { continue };
+            if let Some(table) = self.table {
+                for lane in 0..lanes.rows {
+                    let (query, found) = (lanes.query(lane), &scores.gradients[lane..]);
+                    if wide.is_empty() {
+                        table.add(&query, shape.group(), (found, K::PANEL), (keys.clone(), block.first), entries);
+                    } else {
+                        table.add(&query, shape.group(), (found, K::PANEL), (keys.clone(), block.first), wide);
+                    }
+                }
+                continue;
+            }
             let mut key_sums = sums.keys.get_mut(first * key_stride..).unwrap_or_default();
             let mut value_sums = sums.values.get_mut(first * value_stride..).unwrap_or_default();
             if hides && !finite {
@@ -192,11 +212,13 @@ impl<T: SimdElement> Backward<'_, T> {
                 operands = (&*folded.weights, &*folded.gradients, &*folded.along_keys);
             }
             let (weights, gradients, along_keys) = operands;
-            if wanted.v {
-                K::add_to_keys((weights, &*rows.d_outs), shape.head_dim_v, keys.clone(), lanes.rows, value_sums);
-            }
-            if wanted.k {
-                K::add_to_keys((gradients, &*rows.queries), shape.head_dim, keys.clone(), lanes.rows, key_sums);
+            for (wanted, operands, dim, sums) in [
+                (wanted.v, (weights, &*rows.d_outs), shape.head_dim_v, &mut *value_sums),
+                (wanted.k, (gradients, &*rows.queries), shape.head_dim, &mut *key_sums),
+            ] {
+                if wanted {
+                    K::add_to_keys(operands, dim, keys.clone(), lanes.rows, sums);
+                }
             }
             if wanted.q {
                 let all = if K::DEPTH > 1 { chunk.key_rows } else { chunk.keys };

@@ -146,9 +146,7 @@ pub fn backward<T: SimdElement>(
 ) {
     let wanted = Wanted { q: gradients.q.is_some(), k: gradients.k.is_some(), v: gradients.v.is_some() };
     let threads = threads_for(&args.forward, threads);
-    let plan = OnceLock::new();
-    level.run(&Planning { args: &args.forward, wanted, blocking, plan: &plan }, 0);
-    let Some(plan) = plan.into_inner() else { return };
+    let plan = plan_at(level, &args.forward, wanted, blocking);
     let deltas = delta::deltas(args, level, threads);
     for (writer, like) in [(gradients.k, args.forward.k), (gradients.v, args.forward.v)] {
         if let Some(writer) = writer {
@@ -157,7 +155,8 @@ pub fn backward<T: SimdElement>(
     }
     let Gradients { q, k, v } = gradients;
     let run = |turns: &RowTurns<'_, T::Acc>| {
-        let work = Work { backward: chunk::Backward { args, deltas: &deltas, query_sums: turns, k, v, wanted, plan: &plan } };
+        let backward = chunk::Backward { args, deltas: &deltas, query_sums: turns, k, v, wanted, table: None, plan: &plan };
+        let work = Work { backward, sums: None };
         for_each_tile(level, threads, plan.tasks.len(), &work);
     };
     let Some(RowsMut { data, shape, strides }) = q else {
@@ -209,6 +208,13 @@ fn clear_uncovered<T: Element>(args: &ExactArgs<'_, T>, writer: &RowWriter<'_, T
     }
 }
 
+/// The cut for the panels of a level.
+fn plan_at<T: SimdElement>(level: Level, args: &ExactArgs<'_, T>, wanted: Wanted, blocking: Blocking) -> Plan {
+    let plan = OnceLock::new();
+    level.run(&Planning { args, wanted, blocking, plan: &plan }, 0);
+    plan.into_inner().expect("planned by the task")
+}
+
 /// Panels differ between instruction sets, and with them the tasks.
 struct Planning<'a, T: SimdElement> {
     args: &'a ExactArgs<'a, T>,
@@ -224,14 +230,29 @@ impl<T: SimdElement> Task for Planning<'_, T> {
     }
 }
 
+/// A task is a chunk, or, where score gradients are summed, all the chunks that a region of the sums needs.
 struct Work<'a, T: SimdElement> {
     backward: chunk::Backward<'a, T>,
+    sums: Option<sums::Sums<'a, T::Acc>>,
 }
 
 impl<T: SimdElement> Task for Work<'_, T> {
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
-        self.backward.run::<I, VectorTiles<I>>(&self.backward.plan.tasks[index]);
+        let all = &self.backward.plan.tasks;
+        let mut entries: &mut [T::Acc] = &mut [];
+        let (mut wide, mut chunks) = (Vec::new(), vec![all.get(index)]);
+        if let Some(sums) = &self.sums {
+            let (own, own_wide, own_chunks) = sums.task(index, &self.backward);
+            (entries, wide) = (own, own_wide);
+            chunks = own_chunks.map(Some).collect();
+        }
+        for task in chunks.into_iter().flatten() {
+            self.backward.run::<I, VectorTiles<I>>(task, (&mut wide, entries));
+        }
+        for (entry, &sum) in entries.iter_mut().zip(&wide) {
+            *entry = T::Acc::from_f64(sum);
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The definition, query by query, kept for ever: every fast form is tested against it.
 
 use super::super::naive::{Score, seen_scores};
+use super::sums::SumTable;
 use super::{BackwardArgs, Gradients, RowsMut};
 use crate::dtype::{Element, Float};
 use crate::index::Query;
@@ -68,6 +69,21 @@ pub fn for_each_score<T: Element>(args: &BackwardArgs<'_, T>, mut visit: impl Fn
                 }
             }
         }
+    }
+}
+
+/// Sums the gradients of all scores that an entry takes part in.
+pub fn score_sums<T: Element>(args: &BackwardArgs<'_, T>, table: &SumTable, sums: &mut [T::Acc]) {
+    let mut wide = vec![0.0; sums.len()];
+    for_each_score(args, |query, found| {
+        let ([batch, head, token], key) = (query.at(), found.score.key);
+        let row = if table.batches == 1 { 0 } else { batch } * table.heads + if table.heads == 1 { 0 } else { head };
+        let at = table.origin as isize + token as isize * table.token_stride + key as isize * table.key_stride;
+        let factor = if table.is_slope { -(query.position().abs_diff(key as isize) as f64) } else { 1.0 };
+        wide[row * table.per_head + at as usize] += factor * found.d_score;
+    });
+    for (sum, &x) in sums.iter_mut().zip(&wide) {
+        *sum = T::Acc::from_f64(x);
     }
 }
 

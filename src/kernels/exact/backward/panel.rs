@@ -81,8 +81,11 @@ impl<'a, 's, T: SimdElement, I: Isa, K: RowKernel<T>> GradientPanel<'a, 's, T, I
         let (d_outs, scratch) = scratch.split_at_mut(buffers.d_outs);
         let (base, delta) = scratch.split_at_mut(buffers.lanes);
         let shape = args.forward.shape;
-        K::pack_queries(&lanes.rows_of(&args.forward.q)[..lanes.rows], shape.head_dim, queries);
-        K::pack_queries(&lanes.rows_of(&args.d_out)[..lanes.rows], shape.head_dim_v, d_outs);
+        for (tensor, dim, packed) in
+            [(&args.forward.q, shape.head_dim, &mut *queries), (&args.d_out, shape.head_dim_v, &mut *d_outs)]
+        {
+            K::pack_queries(&lanes.rows_of(tensor)[..lanes.rows], dim, packed);
+        }
         let softmax = args.forward.mods.normalizer == Normalizer::Softmax;
         let unit = args.forward.unit();
         for lane in 0..K::PANEL {
@@ -111,8 +114,12 @@ impl<'a, 's, T: SimdElement, I: Isa, K: RowKernel<T>> GradientPanel<'a, 's, T, I
         let vectors = 0..cut.vectors;
         let mut peaks = [T::Acc::NEG_INFINITY; super::super::lanes::MAX_PANEL];
         let shape = args.shape;
-        K::scores((&*self.queries, block.keys), shape.head_dim, vectors.clone(), keys.clone(), buffers.weights, &mut peaks);
-        K::scores((&*self.d_outs, block.values), shape.head_dim_v, vectors.clone(), keys.clone(), buffers.gradients, &mut peaks);
+        for (operands, dim, products) in [
+            ((&*self.queries, block.keys), shape.head_dim, &mut *buffers.weights),
+            ((&*self.d_outs, block.values), shape.head_dim_v, &mut *buffers.gradients),
+        ] {
+            K::scores(operands, dim, vectors.clone(), keys.clone(), products, &mut peaks);
+        }
         let mut computed = Computed { hides: self.lanes.rows < K::PANEL, keys: keys.clone() };
         computed.hides |= !keys.end.is_multiple_of(K::DEPTH) && keys.end < block.count;
         for v in vectors {

@@ -2,7 +2,7 @@
 
 use super::super::{Blocking, ExactArgs};
 use super::Wanted;
-use crate::index::Segments;
+use crate::index::{Segment, Segments};
 use crate::kernels::exact::plan::SCORE_BYTES;
 use crate::math::row_tile::RowKernel;
 use crate::simd::SimdElement;
@@ -169,6 +169,12 @@ impl Plan {
             }
         }
         Self { block_k, chunk_k, buffers: Buffers::new::<T, K>(args, wanted, chunk_k, block_k), tasks, first_panel }
+    }
+
+    /// Positions of the keys of a task.
+    pub fn positions(&self, task: &ChunkTask, segment: &Segment) -> Range<usize> {
+        let first = task.chunk * self.chunk_k;
+        first.max(segment.k_start)..(first + self.chunk_k).min(segment.k_end)
     }
 
     /// Number of panels of all segments and key/value heads.
