@@ -105,7 +105,7 @@ impl Normalizer {
         }
     }
 
-    /// The derivative of [`Normalizer::value`].
+    /// The derivative of [`Normalizer::value`]; 0 at a kink.
     pub fn rate(self, score: f64) -> f64 {
         match self {
             Self::Softmax => score.exp(),
@@ -115,12 +115,13 @@ impl Normalizer {
             }
             Self::Softplus => 1.0 / (1.0 + (-score).exp()),
             Self::Relu { power, .. } => {
-                if score > 0.0 {
-                    power * score.powf(power - 1.0)
-                } else {
+                if score <= 0.0 {
                     0.0
+                } else {
+                    power * score.powf(power - 1.0)
                 }
             }
+            Self::Power { .. } if score == 0.0 => 0.0,
             Self::Power { power } => power * score.abs().powf(power - 1.0).copysign(score),
         }
     }

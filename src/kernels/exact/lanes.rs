@@ -16,7 +16,7 @@ use std::ops::Range;
 pub const MAX_PANEL: usize = MAX_VECTORS * MAX_LANES;
 
 /// Up to a panel of query rows, one to a lane.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub struct Lanes<'a, T: SimdElement> {
     /// The call.
     pub args: &'a ExactArgs<'a, T>,
@@ -29,13 +29,6 @@ pub struct Lanes<'a, T: SimdElement> {
     /// Number of rows, never 0.
     pub rows: usize,
 }
-
-impl<T: SimdElement> Clone for Lanes<'_, T> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<T: SimdElement> Copy for Lanes<'_, T> {}
 
 impl<'a, T: SimdElement> Lanes<'a, T> {
     /// The query of a lane; lanes without one stand for the last.

@@ -57,6 +57,13 @@ struct PanelRows<'s, A> {
     d_outs: &'s mut [A],
 }
 
+/// What a panel is computed in.
+struct Workspace<'s, A> {
+    rows: PanelRows<'s, A>,
+    scores: ScoreBuffers<'s, A>,
+    folded: Folded<'s, A>,
+}
+
 /// Weights and gradients as operands, where they are none as they are.
 struct Folded<'s, A> {
     weights: &'s mut [A],
@@ -107,9 +114,11 @@ impl<T: SimdElement> Backward<'_, T> {
         let mut sums = Sums { keys: key_sums, values: value_sums, queries: query_sums };
         sums.keys.fill(T::Acc::ZERO);
         sums.values.fill(T::Acc::ZERO);
-        let mut panel_rows = PanelRows { queries: query_rows, d_outs: d_out_rows };
-        let mut scores = ScoreBuffers { weights, gradients, slopes };
-        let mut folded = Folded { weights: folded_weights, gradients: folded_gradients, along_keys };
+        let mut workspace = Workspace {
+            rows: PanelRows { queries: query_rows, d_outs: d_out_rows },
+            scores: ScoreBuffers { weights, gradients, slopes },
+            folded: Folded { weights: folded_weights, gradients: folded_gradients, along_keys },
+        };
 
         let all_rows = segment.q_len * shape.group();
         let panels = all_rows.div_ceil(K::PANEL);
@@ -131,7 +140,7 @@ impl<T: SimdElement> Backward<'_, T> {
                 prefetch(self.args.d_out.row(batch, token, head));
             }
             let entries = (&mut *wide, &mut *entries);
-            self.visit(&chunk, &panel, &mut panel_rows, &mut scores, &mut folded, &mut sums, entries);
+            self.visit(&chunk, &panel, &mut workspace, &mut sums, entries);
             if self.wanted.q {
                 let mut turn = self.query_sums.wait(plan.place(task, p, panels), before);
                 let factor = self.shared_factor();
@@ -156,9 +165,7 @@ impl<T: SimdElement> Backward<'_, T> {
         &self,
         chunk: &Chunk<'_, T>,
         panel: &GradientPanel<'_, '_, T, I, K>,
-        rows: &mut PanelRows<'_, T::Acc>,
-        scores: &mut ScoreBuffers<'_, T::Acc>,
-        folded: &mut Folded<'_, T::Acc>,
+        Workspace { rows, scores, folded }: &mut Workspace<'_, T::Acc>,
         sums: &mut Sums<'_, T::Acc>,
         (wide, entries): (&mut [f64], &mut [T::Acc]),
     ) {
@@ -196,11 +203,11 @@ impl<T: SimdElement> Backward<'_, T> {
                 }
                 continue;
             }
-            let mut key_sums = sums.keys.get_mut(first * key_stride..).unwrap_or_default();
-            let mut value_sums = sums.values.get_mut(first * value_stride..).unwrap_or_default();
+            let key_sums = sums.keys.get_mut(first * key_stride..).unwrap_or_default();
+            let value_sums = sums.values.get_mut(first * value_stride..).unwrap_or_default();
             if hides && !finite {
-                let sums = Sums { keys: &mut key_sums, values: &mut value_sums, queries: sums.queries };
-                self.add_seen::<I, K>(panel, block.first, keys, scores, sums);
+                let mut sums = Sums { keys: key_sums, values: value_sums, queries: sums.queries };
+                self.add_seen::<I, K>(panel, block.first, keys, scores, &mut sums);
                 continue;
             }
             let filled = keys.start..keys.start + keys.len().next_multiple_of(K::ROW_STEP);
@@ -236,7 +243,7 @@ impl<T: SimdElement> Backward<'_, T> {
         first_key: usize,
         keys: Range<usize>,
         scores: &ScoreBuffers<'_, T::Acc>,
-        sums: Sums<'_, T::Acc>,
+        sums: &mut Sums<'_, T::Acc>,
     ) {
         fn add<T: Element>(sums: &mut [T::Acc], factor: f64, row: &[T]) {
             for (sum, &x) in sums.iter_mut().zip(row) {

@@ -1,6 +1,6 @@
 //! `delta` of every query: what the gradients of its weights are compared with.
 
-use super::{BackwardArgs, RowState};
+use super::BackwardArgs;
 use crate::dtype::Float;
 use crate::math::load::{MAX_LANES, load_padded};
 use crate::parallel::{RowWriter, for_each_tile};
@@ -31,13 +31,11 @@ impl<T: SimdElement> Task for Deltas<'_, T> {
         let args = self.args;
         let [batches, tokens, heads, _] = args.out.shape();
         let rows = batches * tokens * heads;
-        let normalizer = args.forward.mods.normalizer;
         for row in index * ROWS..((index + 1) * ROWS).min(rows) {
             let (batch, token, head) = (row / heads / tokens, row / heads % tokens, row % heads);
-            let lse = args.lse.row(batch, token, head)[0].to_f64();
-            let d_lse = args.d_lse.map_or(0.0, |d_lse| d_lse.row(batch, token, head)[0].to_f64());
-            let dot = || dot::<T, I>(args.out.row(batch, token, head), args.d_out.row(batch, token, head));
-            self.out.row(0, row, 0)[0] = T::Acc::from_f64(RowState::delta(normalizer, lse, d_lse, dot));
+            let (out, d_out) = (args.out.row(batch, token, head), args.d_out.row(batch, token, head));
+            let dot = dot::<T, I>(out, d_out);
+            self.out.row(0, row, 0)[0] = T::Acc::from_f64(args.state_at([batch, head, token], || dot).delta);
         }
     }
 }

@@ -65,29 +65,38 @@ pub struct Gradients<'a, T: Element> {
 /// What turns the scores of a query into weights and their gradients.
 #[derive(Debug, Clone, Copy)]
 pub struct RowState {
-    /// The log-sum-exp; 0 for a query without a key.
+    /// The log-sum-exp; `-inf` for weights that sum to nothing, which have no gradient.
     pub lse: f64,
     /// `delta` above: what `do . v` is compared with.
     pub delta: f64,
 }
 
 impl RowState {
-    /// `delta` from the log-sum-exp, its gradient, and the product of the output and its gradient.
+    /// From the log-sum-exp, its gradient, and the product of the output and its gradient.
     #[inline(always)]
-    fn delta(normalizer: Normalizer, lse: f64, d_lse: f64, dot: impl FnOnce() -> f64) -> f64 {
-        if lse == f64::NEG_INFINITY {
-            return 0.0;
-        }
-        if normalizer.divides() {
-            return dot() - d_lse;
-        }
-        // lse = ln l, and every weight has its share of l.
-        if d_lse == 0.0 { 0.0 } else { -d_lse * (-lse).exp() }
+    fn new(normalizer: Normalizer, lse: f64, d_lse: f64, dot: impl FnOnce() -> f64) -> Self {
+        let delta = if lse == f64::NEG_INFINITY {
+            0.0
+        } else if normalizer.divides() {
+            dot() - d_lse
+        } else if d_lse == 0.0 {
+            0.0
+        } else {
+            // lse = ln l, and every weight has its share of l.
+            -d_lse * (-lse).exp()
+        };
+        Self { lse, delta }
     }
 
     /// What weights that are no exponentials are multiplied by.
-    pub fn share(&self, normalizer: Normalizer) -> f64 {
-        if normalizer.divides() { (-self.lse).exp() } else { 1.0 }
+    pub fn share(lse: f64, normalizer: Normalizer) -> f64 {
+        if lse == f64::NEG_INFINITY {
+            0.0
+        } else if normalizer.divides() {
+            (-lse).exp()
+        } else {
+            1.0
+        }
     }
 }
 
@@ -95,14 +104,22 @@ impl<T: Element> BackwardArgs<'_, T> {
     /// The state of a query's row.
     pub fn row_state(&self, query: &Query<'_>) -> RowState {
         let [batch, head, token] = query.at();
+        let (out, d_out) = (self.out.row(batch, token, head), self.d_out.row(batch, token, head));
+        self.state_at(query.at(), || out.iter().zip(d_out).map(|(&o, &g)| o.to_acc().to_f64() * g.to_acc().to_f64()).sum())
+    }
+
+    /// As [`BackwardArgs::row_state`], with the product of the output and its gradient from `dot`.
+    #[inline(always)]
+    fn state_at(&self, [batch, head, token]: [usize; 3], dot: impl FnOnce() -> f64) -> RowState {
         let lse = self.lse.row(batch, token, head)[0].to_f64();
         let d_lse = self.d_lse.map_or(0.0, |d_lse| d_lse.row(batch, token, head)[0].to_f64());
-        let dot = || -> f64 {
-            let (out, d_out) = (self.out.row(batch, token, head), self.d_out.row(batch, token, head));
-            out.iter().zip(d_out).map(|(&o, &g)| o.to_acc().to_f64() * g.to_acc().to_f64()).sum()
+        // A query that sees no key has an output of zeros, whatever else there is, and a finite log-sum-exp if it has a sink.
+        let is_zero = || self.out.row(batch, token, head).iter().all(|o| o.to_acc().to_f64() == 0.0);
+        let dot = || match dot() {
+            dot if dot.is_nan() && is_zero() => 0.0,
+            dot => dot,
         };
-        let delta = RowState::delta(self.forward.mods.normalizer, lse, d_lse, dot);
-        RowState { lse: if lse == f64::NEG_INFINITY { 0.0 } else { lse }, delta }
+        RowState::new(self.forward.mods.normalizer, lse, d_lse, dot)
     }
 }
 

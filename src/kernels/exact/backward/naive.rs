@@ -2,7 +2,7 @@
 
 use super::super::naive::{Score, seen_scores};
 use super::sums::SumTable;
-use super::{BackwardArgs, Gradients, RowsMut};
+use super::{BackwardArgs, Gradients, RowState, RowsMut};
 use crate::dtype::{Element, Float};
 use crate::index::Query;
 use crate::kernels::score_mod::Normalizer;
@@ -58,10 +58,10 @@ pub fn for_each_score<T: Element>(args: &BackwardArgs<'_, T>, mut visit: impl Fn
                     let value = forward.v.row(k_batch, k_token, kv_head);
                     let d_weight: f64 = d_out.iter().zip(value).map(|(&g, &v)| g.to_acc().to_f64() * v.to_acc().to_f64()).sum();
                     let (weight, rate) = if normalizer == Normalizer::Softmax {
-                        let weight = (score.value - state.lse).exp();
+                        let weight = if state.lse == f64::NEG_INFINITY { 0.0 } else { (score.value - state.lse).exp() };
                         (weight, weight)
                     } else {
-                        let share = state.share(normalizer);
+                        let share = RowState::share(state.lse, normalizer);
                         (normalizer.value(score.value) * share, normalizer.rate(score.value) * share)
                     };
                     let d_score = if rate == 0.0 { 0.0 } else { rate * (d_weight - state.delta) };
@@ -76,7 +76,7 @@ pub fn for_each_score<T: Element>(args: &BackwardArgs<'_, T>, mut visit: impl Fn
 pub fn score_sums<T: Element>(args: &BackwardArgs<'_, T>, table: &SumTable, sums: &mut [T::Acc]) {
     let mut wide = vec![0.0; sums.len()];
     for_each_score(args, |query, found| {
-        let ([batch, head, token], key) = (query.at(), found.score.key);
+        let ([_, head, token], batch, key) = (query.at(), query.segment.sequence, found.score.key);
         let row = if table.batches == 1 { 0 } else { batch } * table.heads + if table.heads == 1 { 0 } else { head };
         let at = table.origin as isize + token as isize * table.token_stride + key as isize * table.key_stride;
         let factor = if table.is_slope { -(query.position().abs_diff(key as isize) as f64) } else { 1.0 };

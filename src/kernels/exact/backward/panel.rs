@@ -2,8 +2,8 @@
 
 use super::super::cut::Cut;
 use super::super::lanes::Lanes;
-use super::BackwardArgs;
 use super::plan::Buffers;
+use super::{BackwardArgs, RowState};
 use crate::dtype::Float;
 use crate::kernels::bias::Bias;
 use crate::kernels::score_mod::Normalizer;
@@ -86,7 +86,6 @@ impl<'a, 's, T: SimdElement, I: Isa, K: RowKernel<T>> GradientPanel<'a, 's, T, I
         {
             K::pack_queries(&lanes.rows_of(tensor)[..lanes.rows], dim, packed);
         }
-        let softmax = args.forward.mods.normalizer == Normalizer::Softmax;
         let unit = args.forward.unit();
         for lane in 0..K::PANEL {
             if lane >= lanes.rows {
@@ -96,8 +95,8 @@ impl<'a, 's, T: SimdElement, I: Isa, K: RowKernel<T>> GradientPanel<'a, 's, T, I
             }
             let [batch, head, token] = lanes.query(lane).at();
             let lse = args.lse.row(batch, token, head)[0].to_f64();
-            let lse = if softmax && lse == f64::NEG_INFINITY { 0.0 } else { lse };
-            base[lane] = T::Acc::from_f64(lse * unit);
+            // Weights that sum to nothing have no gradient.
+            base[lane] = T::Acc::from_f64(if lse == f64::NEG_INFINITY { f64::INFINITY } else { lse * unit });
             delta[lane] = deltas[(batch * shape.seqlen_q + token) * shape.num_heads + head];
         }
         Self { lanes, queries, d_outs, base, delta, kinds: PhantomData }
@@ -107,7 +106,6 @@ impl<'a, 's, T: SimdElement, I: Isa, K: RowKernel<T>> GradientPanel<'a, 's, T, I
     /// `ROW_STEP` from the first key are zeros.
     #[inline(always)]
     pub fn compute(&self, block: &PackedBlock<'_, T::Acc>, of: Of, buffers: &mut ScoreBuffers<'_, T::Acc>) -> Option<Computed> {
-        let width = T::V::<I>::LANES;
         let args = self.lanes.args;
         let cut = self.lanes.cut::<I>(block.first, block.count);
         let keys = seen_keys(&cut, K::KEY_STEP)?;
@@ -126,11 +124,7 @@ impl<'a, 's, T: SimdElement, I: Isa, K: RowKernel<T>> GradientPanel<'a, 's, T, I
             let full = cut.full(v);
             let hides = full.start > keys.start || full.end < keys.end;
             computed.hides |= hides | !args.biases.iter().all(Bias::is_none);
-            let at = v * width;
-            let scores = Column { rows: &mut buffers.weights[at..], stride: K::PANEL };
-            let gradients = Column { rows: &mut buffers.gradients[at..], stride: K::PANEL };
-            let slopes = (!buffers.slopes.is_empty()).then(|| Column { rows: &mut buffers.slopes[at..], stride: K::PANEL });
-            self.weigh((&cut, block.first), (v, hides), keys.clone(), of, (scores, gradients, slopes));
+            self.weigh((&cut, block.first), (v, hides), keys.clone(), of, buffers);
         }
         let filled = keys.start + keys.len().next_multiple_of(K::ROW_STEP);
         for rows in [&mut *buffers.weights, &mut *buffers.gradients] {
@@ -147,10 +141,14 @@ impl<'a, 's, T: SimdElement, I: Isa, K: RowKernel<T>> GradientPanel<'a, 's, T, I
         (v, hides): (usize, bool),
         keys: Range<usize>,
         of: Of,
-        (mut scores, mut gradients, mut slopes): (Column<'_, T::Acc>, Column<'_, T::Acc>, Option<Column<'_, T::Acc>>),
+        buffers: &mut ScoreBuffers<'_, T::Acc>,
     ) {
         let width = T::V::<I>::LANES;
         let at = v * width;
+        let stride = K::PANEL;
+        let mut scores = Column { rows: &mut buffers.weights[at..], stride };
+        let mut gradients = Column { rows: &mut buffers.gradients[at..], stride };
+        let mut slopes = (!buffers.slopes.is_empty()).then(|| Column { rows: &mut buffers.slopes[at..], stride });
         let args = self.lanes.args;
         let mods = &args.mods;
         let splat = |x: f64| T::V::<I>::splat(T::Acc::from_f64(x));
@@ -176,7 +174,7 @@ impl<'a, 's, T: SimdElement, I: Isa, K: RowKernel<T>> GradientPanel<'a, 's, T, I
             let mut shares = [0.0; MAX_LANES];
             for (lane, share) in shares[..width].iter_mut().enumerate() {
                 let lse = self.base[at + lane].to_f64();
-                *share = if mods.normalizer.divides() || lse == f64::INFINITY { (-lse).exp() } else { 1.0 };
+                *share = if lse == f64::INFINITY { 0.0 } else { RowState::share(lse, mods.normalizer) };
             }
             other_gradients::<T, I>(columns, keys, &query, slopes, |lane, score| {
                 (mods.normalizer.value(score) * shares[lane], mods.normalizer.rate(score) * shares[lane])

@@ -13,7 +13,7 @@ use std::ops::Range;
 /// Where the entries of a bias, or of slopes, lie: `[batches, heads, per_head]`.
 #[derive(Debug, Clone, Copy)]
 pub struct SumTable {
-    /// 1, or the batch size.
+    /// 1, or the number of sequences.
     pub batches: usize,
     /// 1, or the number of query heads.
     pub heads: usize,
@@ -30,6 +30,11 @@ pub struct SumTable {
 }
 
 impl SumTable {
+    /// Slopes of those numbers of sequences and heads.
+    pub fn slopes(batches: usize, heads: usize) -> Self {
+        Self { batches, heads, per_head: 1, origin: 0, token_stride: 0, key_stride: 0, is_slope: true }
+    }
+
     /// Number of entries.
     pub fn len(&self) -> usize {
         self.batches * self.heads * self.per_head
@@ -97,7 +102,7 @@ impl<A: Float> Sums<'_, A> {
         let table = backward.table;
         let chunks = backward.plan.tasks.iter().filter(move |task| {
             let own_batch =
-                table.is_none_or(|table| table.batches == 1) || backward.args.forward.segment(task.segment).q_batch == batch;
+                table.is_none_or(|table| table.batches == 1) || backward.args.forward.segment(task.segment).sequence == batch;
             own_batch && (self.heads == 1 || task.kv_head == head)
         });
         (entries, wide, chunks)
@@ -136,8 +141,8 @@ pub fn sink_sums<T: Element>(args: &BackwardArgs<'_, T>, sums: &mut [f64]) {
                 let query = forward.query(&segment, kv_head, row);
                 let [batch, head, token] = query.at();
                 let sink = sinks.get(batch, head, token);
+                let state = args.row_state(&query);
                 if sink != f64::NEG_INFINITY {
-                    let state = args.row_state(&query);
                     let place: usize = [batch, head, token].iter().zip(sinks.strides).map(|(i, stride)| i * stride).sum();
                     sums[place] -= (sink - state.lse).exp() * state.delta;
                 }
