@@ -8,9 +8,9 @@ formula evaluated in the dtype under test. Then
 
 with `factor` 2, or 3 for gradients. The naive formula shows how much precision the dtype leaves on this very
 input; a kernel may lose twice that and no more. The floor is for inputs on which the naive formula happens to
-be exact: `FLOORS[dtype]`, in units of the dtype's spacing at the largest expected magnitude. Both maxima run
-over the finite places. Elsewhere there is no tolerance: NaN answers NaN, an infinity the same infinity, and a
-finite value a finite value.
+be exact: `FLOORS[dtype]`, in units of the dtype's spacing at the largest expected magnitude; gradients, whose
+terms may cancel, have `gradient_floors`. Both maxima run over the finite places. Elsewhere there is no
+tolerance: NaN answers NaN, an infinity the same infinity, and a finite value a finite value.
 
 No environment variable and no option loosens the rule. A test whose inputs justify another floor passes it
 and says why.
@@ -20,21 +20,24 @@ This module imports NumPy only; tensors of PyTorch and arrays of JAX are recogni
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .reference.scores import modified, scales, sink_logits, split_bias
-from .reference.visibility import visible_keys
+from .reference.gradients import argument_gradients, score_gradients
+from .reference.scores import Scores, by_head, scores_of, sink_logits, split_bias
 from .reference.weights import weights_of
 
 __all__ = [
     "FLOORS",
     "SPACING",
     "assert_close",
+    "gradient_floors",
     "lse_floor",
     "naive_attention",
+    "naive_attention_backward",
     "naive_scaled_dot_product_attention",
     "round_to",
 ]
@@ -103,8 +106,8 @@ def assert_close(
 
     Raises:
         AssertionError: naming the index, both values, the error and the limit.
-        ValueError: if the check would be vacuous: `naive` is of another shape or off by more than a quarter
-            of the largest expected magnitude, or `floor` is no finite number from 0.
+        ValueError: if the check would be vacuous: `naive` is of another shape or off by more than the floor
+            and a quarter of the largest expected magnitude, or `floor` is no finite number from 0.
     """
     dtype = _dtype_name(actual) if dtype is None else dtype
     actual, expected, naive = _widen(actual), _widen(expected), _widen(naive)
@@ -126,7 +129,7 @@ def assert_close(
     with np.errstate(invalid="ignore"):
         naive_error = float(np.max(np.abs(naive - expected), where=measured, initial=0.0))
         error = np.where(finite, np.abs(actual - expected), 0.0)
-    if naive_error > magnitude / 4:
+    if naive_error > max(magnitude / 4, floor):
         raise ValueError(
             f"naive: expected an approximation of expected, whose largest magnitude is {magnitude:.3e}, "
             f"got one that is off by {naive_error:.3e}"
@@ -155,9 +158,14 @@ def lse_floor(expected: Any, dtype: str) -> float:
     """
     expected = _widen(expected)
     magnitude = float(np.max(np.abs(expected), where=np.isfinite(expected), initial=0.0))
+    return _weight_rounding(magnitude, dtype, roundings=4)
+
+
+def _weight_rounding(magnitude: float, dtype: str, *, roundings: int) -> float:
+    """The relative error of a weight whose logarithm is of that magnitude."""
     exponential = SPACING[dtype] / 64 if dtype in {"float16", "bfloat16"} else 0.0
     accumulator = SPACING["float64" if dtype == "float64" else "float32"]
-    return 4 * accumulator * (1 + magnitude) + exponential
+    return roundings * accumulator * (1 + magnitude) + exponential
 
 
 def round_to(array: Array, dtype: str) -> Array:
@@ -273,27 +281,28 @@ def naive_attention(
     Returns:
         The output `[B, Sq, H, Dv]`, rounded to `dtype`, and the log-sum-exp `[B, H, Sq]`.
     """
-    q, k, v = (np.moveaxis(_accumulator(x, dtype), 2, 1) for x in (q, k, v))
-    group = q.shape[1] // k.shape[1] if k.shape[1] else 1
-    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-    acc = q.dtype.type
-    shape = (*q.shape[:3], k.shape[2])
-    visible = visible_keys(shape, causal=causal, window_size=window_size, mask=mask)
+    options = {
+        "causal": causal,
+        "window_size": window_size,
+        "mask": mask,
+        "scale": scale,
+        "bias": bias,
+        "relative_bias": relative_bias,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "length_scale": length_scale,
+    }
+    q, k, v = (_accumulator(x, dtype) for x in (q, k, v))
+    v = by_head(v, q.shape[2])
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        scores = scales(scale, _numbers(length_scale), q.shape[-1], visible, acc) * _products(q, k)
-        scores, shown = modified(
-            scores,
-            softcap=softcap,
-            alibi_slopes=_numbers(alibi_slopes),
-            bias=_numbers(bias),
-            relative_bias=_numbers(relative_bias),
-        )
-        visible = visible & shown
+        scores = _scores(q, k, options)
         if normalizer is None:
-            logits = None if sinks is None else sink_logits(_widen(sinks), shape[:3], acc)
-            out, lse = _softmax(scores, visible, v, logits)
+            logits = (
+                None if sinks is None else sink_logits(_widen(sinks), scores.values.shape[:3], q.dtype.type)
+            )
+            out, lse = _softmax(scores.values, scores.visible, v, logits)
         else:
-            out, lse = _normalized(scores, visible, v, normalizer)
+            out, lse = _normalized(scores.values, scores.visible, v, normalizer)
     return np.moveaxis(round_to(out, dtype), 1, 2), lse
 
 
@@ -301,6 +310,150 @@ def _numbers(array: Any | None) -> Array | None:
     """Returns booleans as they are and numbers as float64."""
     is_boolean = array is not None and _dtype_name(array) == "bool"
     return None if array is None else np.asarray(array) if is_boolean else _widen(array)
+
+
+def naive_attention_backward(
+    do: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    dtype: str,
+    dlse: Any | None = None,
+    wrt: Sequence[str] = ("q", "k", "v"),
+    **options: Any,
+) -> tuple[Array, ...]:
+    """`subquad.attention_backward` by the naive formula, in the arithmetic that `dtype` allows.
+
+    As `naive_attention`, whose result and log-sum-exp it starts from: weights and gradients of scores are float32 (float64 for
+    float64), and rounded to `dtype` where they enter a matrix product.
+
+    Args:
+        do: `[B, Sq, H, Dv]`, with values of `dtype`.
+        q: `[B, Sq, H, D]`.
+        k: `[B, Sk, Hkv, D]`.
+        v: `[B, Sk, Hkv, Dv]`.
+        dtype: `"float64"`, `"float32"`, `"float16"` or `"bfloat16"`.
+        dlse: `[B, H, Sq]`; `None` is 0.
+        wrt: see `subquad.attention_backward`.
+        **options: those of `naive_attention`.
+
+    Returns:
+        The gradients, in the order of `wrt`, each rounded to the dtype of its argument.
+    """
+    out, lse = naive_attention(q, k, v, dtype=dtype, **options)
+    do, q, k, v = (_accumulator(x, dtype) for x in (do, q, k, v))
+    dlse = np.zeros_like(lse) if dlse is None else _accumulator(dlse, dtype)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        gradients = _gradients(do, q, k, v, out, lse, dlse, dtype, options)
+        rounded = []
+        for name in wrt:
+            own = _dtype_name(options[name]) if name in options else dtype
+            rounded.append(round_to(gradients[name](), own))
+    return tuple(rounded)
+
+
+def _gradients(
+    do: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    dlse: Array,
+    dtype: str,
+    options: Any,
+    *,
+    rounding: float | None = None,
+) -> Any:
+    """How to compute each gradient by the naive formula; or what it loses by weights with that relative error and `out` rounded."""
+    heads, normalizer = q.shape[2], options.get("normalizer")
+    scores = _scores(q, k, options)
+    dot = do * out
+    if rounding is not None:
+        # With these signs nothing cancels in `do v^T - delta`.
+        do, q, k = (np.abs(x) for x in (do, q, k))
+        v, dlse, dot = (
+            rounding * np.abs(v),
+            rounding * np.abs(dlse),
+            -(rounding + SPACING[dtype] / 2) * np.abs(dot),
+        )
+        scores = scores._replace(slopes=np.abs(scores.slopes))
+    d_weights = _products(by_head(do, heads), by_head(v, heads))
+    dot = np.moveaxis(dot.sum(axis=-1), 2, 1)
+    found = score_gradients(scores, d_weights, dot, lse, dlse, normalizer)
+    if rounding is not None:
+        found = found._replace(weights=rounding * found.weights, d_scores=np.abs(found.d_scores))
+    tables = {name: options.get(name) for name in ("bias", "relative_bias", "alibi_slopes", "sinks")}
+    named = {name: _widen(table) for name, table in tables.items() if table is not None}
+
+    def weigh(weights: Array, _visible: Bool, rows: Array) -> Array:
+        return weights @ rows if rounding is not None else _sum(round_to(weights, dtype), rows)[0]
+
+    return argument_gradients(found, scores, do, q, k, lse, named, weigh)
+
+
+def _scores(q: Array, k: Array, options: Any) -> Scores:
+    """The scores of queries and keys `[B, S, H, D]`, in their arithmetic."""
+    numbers = {"scale", "bias", "relative_bias", "alibi_slopes", "length_scale"}
+    scored: dict[str, Any] = {
+        name: _numbers(given) if name in numbers and hasattr(given, "dtype") else given
+        for name, given in options.items()
+        if name not in {"sinks", "normalizer"}
+    }
+    return scores_of(_products(*(by_head(x, q.shape[2]) for x in (q, k))), q.shape[-1], **scored)
+
+
+def gradient_floors(
+    expected: Sequence[Array],
+    do: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    *,
+    dtype: str,
+    dlse: Any | None = None,
+    wrt: Sequence[str] = ("q", "k", "v"),
+    **options: Any,
+) -> list[float]:
+    """Returns the floors of gradients, in absolute terms: a term is as precise as the logarithm of its weight.
+
+    To the default floor comes what terms lose that cancel (the gradients of a query that sees one key are zero but for rounding):
+    each weight one rounding of the accumulator at the largest score or log-sum-exp (for float16 and bfloat16 a 64th of the dtype's
+    spacing more, as in `lse_floor`), and `out`, which `delta` is formed of, one rounding to the dtype.
+
+    Args:
+        expected: the oracle's gradients, in the order of `wrt`.
+        do: `[B, Sq, H, Dv]`, without NaN, as all that follow.
+        q: `[B, Sq, H, D]`.
+        k: `[B, Sk, Hkv, D]`.
+        v: `[B, Sk, Hkv, Dv]`.
+        out: the oracle's result, `[B, Sq, H, Dv]`.
+        lse: the oracle's log-sum-exp, `[B, H, Sq]`.
+        dtype: the inputs': `"float64"`, `"float32"`, `"float16"` or `"bfloat16"`.
+        dlse: `[B, H, Sq]`; `None` is 0.
+        wrt: see `subquad.attention_backward`.
+        **options: those of `naive_attention`.
+    """
+    do, q, k, v, out, lse = (_widen(x) for x in (do, q, k, v, out, lse))
+    dlse = np.zeros(lse.shape) if dlse is None else _widen(dlse)
+    scores = _scores(q, k, options)
+    largest = max(
+        float(np.max(np.abs(x), where=np.isfinite(x) & seen, initial=0.0))
+        for x, seen in ((scores.values, scores.visible), (lse, np.True_))
+    )
+    unit = _weight_rounding(largest, dtype, roundings=1)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        losses = _gradients(do, q, k, v, out, lse, dlse, dtype, options, rounding=unit)
+    floors = []
+    for name, gradient in zip(wrt, expected, strict=True):
+        own = _dtype_name(options[name]) if name in options else dtype
+        finite = np.abs(np.where(np.isfinite(gradient), gradient, 0.0))
+        default = FLOORS[own] * SPACING[own] * float(np.max(finite, initial=0.0))
+        floors.append(default + float(np.max(np.abs(losses[name]()), initial=0.0)))
+    return floors
 
 
 def naive_scaled_dot_product_attention(

@@ -18,8 +18,10 @@ from subquad.testing import (
     FLOORS,
     SPACING,
     assert_close,
+    gradient_floors,
     lse_floor,
     naive_attention,
+    naive_attention_backward,
     naive_scaled_dot_product_attention,
 )
 
@@ -29,6 +31,8 @@ DTYPES = {
     "float16": np.float16,
     "bfloat16": ml_dtypes.bfloat16,
 }
+# What is differentiated beside `q`, `k` and `v`.
+TABLES = ("bias", "relative_bias", "alibi_slopes", "sinks")
 LIBRARIES = ("numpy", "torch", "jax", "dlpack")
 
 
@@ -101,6 +105,65 @@ def check_attention() -> Callable[..., None]:
         else:
             floor = lse_floor(expected_lse, dtype)
         assert_close(lse, expected_lse, naive=naive_lse, dtype=dtype, floor=floor, name="lse")
+
+    return check
+
+
+@pytest.fixture
+def check_backward() -> Callable[..., dict[str, np.ndarray]]:
+    """Checks `subquad.attention_backward` on its own forward against the oracle; returns the gradients by name."""
+
+    def check(
+        do: np.ndarray,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        *,
+        clean: tuple[np.ndarray, ...] | None = None,
+        dlse: np.ndarray | None = None,
+        library: str = "numpy",
+        **options: Any,
+    ) -> dict[str, np.ndarray]:
+        """Checks the gradients of everything that has one.
+
+        Args:
+            do: `[B, Sq, H, Dv]`.
+            q: `[B, Sq, H, D]`.
+            k: `[B, Sk, Hkv, D]`.
+            v: `[B, Sk, Hkv, Dv]`.
+            clean: `do`, `q`, `k` and `v` with numbers in the hidden places, for the naive formula, where NaN leaks.
+            dlse: `[B, H, Sq]`.
+            library: whose arrays to call with.
+            **options: those of `subquad.attention`.
+        """
+        dtype, inputs = str(q.dtype), (q, k, v)
+        wrt = ("q", "k", "v", *(name for name in TABLES if name in options and options[name].dtype != bool))
+
+        def converted(x: Any) -> Any:
+            return _CONVERSIONS[library](x) if isinstance(x, np.ndarray) else x
+
+        given = {name: converted(x) for name, x in options.items()}
+        foreign = [converted(x) for x in inputs]
+        results = subquad.attention(*foreign, return_lse=True, **given)
+        gradients = subquad.attention_backward(
+            converted(do), *foreign, *results, dlse=converted(dlse), wrt=wrt, **given
+        )
+        exact = reference.attention(*inputs, return_lse=True, **options)
+        expected = reference.attention_backward(do, *inputs, *exact, dlse=dlse, wrt=wrt, **options)
+        clean = clean or (do, *inputs)
+        options |= {"dtype": dtype, "dlse": dlse, "wrt": wrt}
+        naive = naive_attention_backward(*clean, **options)
+        floors = gradient_floors(expected, *clean, *exact, **options)
+        found = {}
+        for name, gradient, *rest in zip(wrt, gradients, expected, naive, floors, strict=True):
+            own = dtype if name in {"q", "k", "v"} else str(options[name].dtype)
+            assert type(gradient) is type(foreign[0])
+            assert str(gradient.dtype).removeprefix("torch.") == own
+            assert_close(
+                gradient, rest[0], naive=rest[1], floor=rest[2], dtype=own, gradient=True, name=f"d{name}"
+            )
+            found[name] = gradient
+        return found
 
     return check
 

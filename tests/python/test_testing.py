@@ -13,8 +13,10 @@ from subquad.testing import (
     FLOORS,
     SPACING,
     assert_close,
+    gradient_floors,
     lse_floor,
     naive_attention,
+    naive_attention_backward,
     naive_scaled_dot_product_attention,
     round_to,
 )
@@ -228,6 +230,55 @@ def test_the_naive_formula_is_the_oracles(dtype, draw):
         # It is rounded to the dtype, and to nothing coarser.
         np.testing.assert_array_equal(out, round_to(out, dtype))
     assert dtype == "float64" or (out != expected).any()
+
+
+def test_the_naive_gradients_are_the_oracles(dtype, draw):
+    do, q = draw(dtype, 2, 9, 4, 6), draw(dtype, 2, 9, 4, 8)
+    k, v = draw(dtype, 2, 14, 2, 8), draw(dtype, 2, 14, 2, 6)
+    accumulator = "float64" if dtype == "float64" else "float32"
+    dlse = draw(accumulator, 2, 4, 9)
+    every = {
+        "causal": True,
+        "bias": draw(accumulator, 1, 4, 1, 14),
+        "relative_bias": draw(dtype, 4, 22),
+        "alibi_slopes": draw("float32", 2, 4),
+        "sinks": draw(accumulator, 4, 9),
+        "softcap": 2.0,
+    }
+    for options in ({}, every, {"normalizer": normalizers.Softplus(), "scale": draw("float32", 4, 9)}):
+        wrt = ("q", "k", "v", *(name for name in every if hasattr(options.get(name), "dtype")))
+        results = reference.attention(q, k, v, return_lse=True, **options)
+        expected = reference.attention_backward(do, q, k, v, *results, dlse=dlse, wrt=wrt, **options)
+        found = naive_attention_backward(do, q, k, v, dtype=dtype, dlse=dlse, wrt=wrt, **options)
+        floors = gradient_floors(expected, do, q, k, v, *results, dtype=dtype, dlse=dlse, wrt=wrt, **options)
+        for name, x, y, floor in zip(wrt, found, expected, floors, strict=True):
+            largest = np.abs(y).max()
+            own = str(options[name].dtype) if name in options else dtype
+            np.testing.assert_allclose(x, y, rtol=0, atol=32 * max(SPACING[dtype], SPACING[own]) * largest)
+            np.testing.assert_array_equal(x, round_to(x, own))
+            assert floor > FLOORS[own] * SPACING[own] * largest
+
+
+def test_floors_of_gradients_that_cancel():
+    # One key: its weight is 1, whatever the scores.
+    do, q, k, v = (np.full((1, 1, 1, n), x, np.float32) for n, x in ((2, 3.0), (1, 5.0), (1, 7.0), (2, 2.0)))
+    results = reference.attention(q, k, v, scale=1.0, return_lse=True)
+    gradients = reference.attention_backward(do, q, k, v, *results, scale=1.0)
+    floors = gradient_floors(gradients, do, q, k, v, *results, dtype="float32", scale=1.0)
+    spacing = SPACING["float32"]
+    rounding = spacing * (1 + 35)
+    # `do v^T` and `do out` are 12.
+    d_score = 12 * rounding + 12 * (rounding + spacing / 2)
+    expected = [7 * d_score, 5 * d_score, 4 * spacing * 3 + 3 * rounding]
+    np.testing.assert_allclose(floors, expected, rtol=1e-12)
+    assert [x.max() for x in gradients] == [0, 0, 3]
+
+
+def test_a_naive_formula_within_the_floor_is_no_vacuous_check():
+    zero = np.zeros(3)
+    assert_close(zero, zero, naive=zero + 1e-7, dtype="float32", floor=1e-6)
+    with pytest.raises(ValueError, match="naive"):
+        assert_close(zero, zero, naive=zero + 1e-5, dtype="float32", floor=1e-6)
 
 
 def test_the_naive_formula_of_sdpa_is_the_oracles(dtype, draw):

@@ -3,7 +3,8 @@
 Inputs of any floating dtype are widened exactly; results are float64.
 """
 
+from .backward import attention_backward
 from .exact import attention, scaled_dot_product_attention
 from .varlen import attention_varlen
 
-__all__ = ["attention", "attention_varlen", "scaled_dot_product_attention"]
+__all__ = ["attention", "attention_backward", "attention_varlen", "scaled_dot_product_attention"]

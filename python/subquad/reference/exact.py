@@ -7,8 +7,7 @@ from typing import Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
-from .scores import modified, scales, sink_logits, split_bias
-from .visibility import visible_keys
+from .scores import by_head, scores_of, sink_logits, split_bias
 from .weights import normalized, softmax
 
 Array = npt.NDArray[Any]
@@ -99,24 +98,27 @@ def attention(
     Returns:
         `[B, Sq, H, Dv]`, and with `return_lse` also `[B, H, Sq]`.
     """
-    batch, seqlen_q, heads, head_dim = q.shape
-    seqlen_k, kv_heads = k.shape[1], k.shape[2]
-    group = heads // kv_heads if kv_heads else 1
-    q, k, v = (np.moveaxis(x.astype(np.float64), 2, 1) for x in (q, k, v))
-    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-    shape = batch, heads, seqlen_q, seqlen_k
-    visible = visible_keys(shape, causal=causal, window_size=window_size, mask=mask)
+    q, k, v = (by_head(x.astype(np.float64), q.shape[2]) for x in (q, k, v))
     with np.errstate(invalid="ignore", over="ignore"):
-        scores = scales(scale, length_scale, head_dim, visible, np.float64) * (q @ np.swapaxes(k, -1, -2))
-        scores, shown = modified(
-            scores, softcap=softcap, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias
-        )
-    visible = visible & shown
+        products = q @ np.swapaxes(k, -1, -2)
+    scores = scores_of(
+        products,
+        q.shape[-1],
+        causal=causal,
+        window_size=window_size,
+        mask=mask,
+        scale=scale,
+        bias=bias,
+        relative_bias=relative_bias,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        length_scale=length_scale,
+    )
     if normalizer is None:
-        extra = None if sinks is None else sink_logits(sinks, shape[:3], np.float64)
-        out, lse = softmax(scores, visible, v, extra)
+        extra = None if sinks is None else sink_logits(sinks, q.shape[:3], np.float64)
+        out, lse = softmax(scores.values, scores.visible, v, extra)
     else:
-        out, lse = normalized(scores, visible, v, normalizer)
+        out, lse = normalized(scores.values, scores.visible, v, normalizer)
     out = np.moveaxis(out, 1, 2)
     return (out, lse) if return_lse else out
 

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from .visibility import visible_keys
 
 Array = npt.NDArray[Any]
 Bool = npt.NDArray[np.bool_]
 
 
-def per_query(array: Any, shape: tuple[int, int, int], dtype: Any) -> Array:
+class Scores(NamedTuple):
+    """The scores of a call, all of `[B, H, Sq, Sk]`."""
+
+    values: Array
+    visible: Bool
+    slopes: Array
+    """The derivative of each with respect to the product of its query and key."""
+
+
+def by_head(x: Array, heads: int) -> Array:
+    """Returns queries, keys or values `[B, S, H or Hkv, D]` as `[B, H, S, D]`."""
+    kv_heads = x.shape[2]
+    return np.repeat(np.moveaxis(x, 2, 1), heads // kv_heads if kv_heads else 1, axis=1)
+
+
+def per_query(array: Any, shape: tuple[int, ...], dtype: Any) -> Array:
     """Returns numbers of each query, broadcast to `[B, H, Sq, 1]` in `dtype`."""
     return np.broadcast_to(np.asarray(array).astype(dtype), shape)[..., None]
 
@@ -33,7 +50,7 @@ def scales(scale: Any | None, length_scale: Array | None, head_dim: int, visible
     return result
 
 
-def sink_logits(sinks: Array, shape: tuple[int, int, int], dtype: Any) -> Array:
+def sink_logits(sinks: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     """Returns the sink of each query, `[B, H, Sq, 1]`, for sinks of heads `[H]` or of rank 2 or 3."""
     return per_query(sinks[:, None] if sinks.ndim == 1 else sinks, shape, dtype)
 
@@ -49,16 +66,19 @@ def split_bias(bias: Any | None, shape: tuple[int, ...], dtype: Any) -> tuple[Ar
     return added, ~np.isneginf(added)
 
 
-def distances(alibi_slopes: Array, shape: tuple[int, int, int, int], dtype: Any) -> Array:
-    """Returns what ALiBi adds, `-slope * |p - j|`, for slopes `[H]` or `[B, H]`, broadcast to `[B, H, Sq, Sk]`."""
+def distances(shape: tuple[int, ...], dtype: Any) -> Array:
+    """Returns `|p - j|`, `[Sq, Sk]`, for scores of shape `[B, H, Sq, Sk]`."""
     seqlen_q, seqlen_k = shape[2:]
-    distance = np.abs(np.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q - np.arange(seqlen_k)).astype(dtype)
-    slopes: Array = np.broadcast_to(alibi_slopes.astype(dtype), shape[:2])[:, :, None, None]
-    added: Array = -slopes * distance
-    return added
+    offsets: Array = np.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q - np.arange(seqlen_k)
+    return np.abs(offsets).astype(dtype)
 
 
-def by_diagonal(relative_bias: Array, shape: tuple[int, int, int, int], dtype: Any) -> Array:
+def per_head(alibi_slopes: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Returns slopes `[H]` or `[B, H]`, broadcast to `[B, H, 1, 1]` in `dtype`."""
+    return np.broadcast_to(alibi_slopes.astype(dtype), shape[:2])[:, :, None, None]
+
+
+def by_diagonal(relative_bias: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     """Returns `relative_bias[h, j - i + Sq - 1]`, `[H or 1, Sq, Sk]`."""
     seqlen_q, seqlen_k = shape[2:]
     index = np.arange(seqlen_k) - np.arange(seqlen_q)[:, None] + seqlen_q - 1
@@ -66,31 +86,48 @@ def by_diagonal(relative_bias: Array, shape: tuple[int, int, int, int], dtype: A
     return biases
 
 
-def modified(
-    scores: Array,
+def scores_of(
+    products: Array,
+    head_dim: int,
     *,
-    softcap: float | None,
-    alibi_slopes: Array | None,
-    bias: Any | None,
-    relative_bias: Array | None,
-) -> tuple[Array, Bool]:
-    """Returns scores with cap and biases, `[B, H, Sq, Sk]` of the same dtype, and which keys the dense bias shows.
+    causal: bool = False,
+    window_size: Any | None = None,
+    mask: Any | None = None,
+    scale: Any | None = None,
+    bias: Any | None = None,
+    relative_bias: Array | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Array | None = None,
+    length_scale: Array | None = None,
+) -> Scores:
+    """Returns the scores that products of queries and keys become, in the arithmetic of the products.
 
     Args:
-        scores: scaled products of queries and keys, `[B, H, Sq, Sk]`.
+        products: of queries and keys, `[B, H, Sq, Sk]`.
+        head_dim: `D`, for the default scale.
+        causal: see `visible_keys`.
+        window_size: see there.
+        mask: see there.
+        scale: see `scales`.
+        bias: what broadcasts to the scores: boolean (False hides), or what is added to them (`-inf` hides); or `None`.
+        relative_bias: `[H or 1, Sq + Sk - 1]`, or `None`.
         softcap: `c` of `c * tanh(score / c)`, or `None`.
         alibi_slopes: `[H]` or `[B, H]`, or `None`.
-        bias: what broadcasts to the scores: boolean, or what is added to them; or `None`.
-        relative_bias: `[H or 1, Sq + Sk - 1]`, or `None`.
+        length_scale: see `scales`.
     """
-    shape, dtype = scores.shape, scores.dtype.type
-    if softcap is not None:
-        scores = dtype(softcap) * np.tanh(scores / dtype(softcap))
-    if alibi_slopes is not None:
-        scores = scores + distances(alibi_slopes, shape, dtype)
+    shape, dtype = products.shape, products.dtype.type
+    visible = visible_keys(shape, causal=causal, window_size=window_size, mask=mask)
+    factor = scales(scale, length_scale, head_dim, visible, dtype)
     added, shown = split_bias(bias, shape, dtype)
-    if bias is not None:
-        scores = scores + added
-    if relative_bias is not None:
-        scores = scores + by_diagonal(relative_bias, shape, dtype)
-    return scores, shown
+    with np.errstate(invalid="ignore", over="ignore"):
+        scores, slopes = factor * products, np.broadcast_to(factor, shape)
+        if softcap is not None:
+            capped = np.tanh(scores / dtype(softcap))
+            scores, slopes = dtype(softcap) * capped, slopes * (dtype(1) - capped * capped)
+        if alibi_slopes is not None:
+            scores = scores - per_head(alibi_slopes, shape, dtype) * distances(shape, dtype)
+        if bias is not None:
+            scores = scores + added
+        if relative_bias is not None:
+            scores = scores + by_diagonal(relative_bias, shape, dtype)
+    return Scores(scores, visible & shown, slopes)

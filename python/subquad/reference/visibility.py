@@ -31,9 +31,7 @@ def sides_of_windows(window_size: Any, heads: int) -> npt.NDArray[np.int64]:
     return np.broadcast_to(sides, (heads, 2))
 
 
-def visible_keys(
-    shape: tuple[int, int, int, int], *, causal: bool, window_size: Any, mask: Any | None
-) -> Bool:
+def visible_keys(shape: tuple[int, ...], *, causal: bool, window_size: Any, mask: Any | None) -> Bool:
     """Returns which keys are seen, `[B, H, Sq, Sk]`.
 
     Query `i` is at the position `p = i + Sk - Sq` of key `p`.

@@ -33,7 +33,28 @@ def weights_of(scores: Array, normalizer: Any) -> tuple[Array, bool]:
             raise ValueError(f"normalizer: expected one that has a definition here, got {lowered[0]}")
 
 
-def _weigh(weights: Float64, visible: Bool, values: Float64) -> Float64:
+def rates_of(scores: Array, normalizer: Any) -> Array:
+    """Returns the derivatives of the weights of `weights_of` with respect to the scores; 0 at the kink of ReLU and of `|s|`."""
+    one = scores.dtype.type(1)
+    match normalizer._lowered():
+        case ("sigmoid", bias):
+            weights: Array = one / (one + np.exp(-(scores + scores.dtype.type(bias))))
+            rates: Array = weights * (one - weights)
+            return rates
+        case ("softplus",):
+            rates = one / (one + np.exp(-scores))
+            return rates
+        case ("relu", power, _):
+            power = scores.dtype.type(power)
+            return np.where(scores <= 0, 0, power * np.abs(scores) ** (power - one))
+        case ("power", power):
+            power = scores.dtype.type(power)
+            return np.where(scores == 0, 0, power * np.abs(scores) ** (power - one) * np.sign(scores))
+        case lowered:
+            raise ValueError(f"normalizer: expected one that has a derivative here, got {lowered[0]}")
+
+
+def weigh(weights: Float64, visible: Bool, values: Float64) -> Float64:
     """Returns the weighted sum of the visible `values` `[..., K, D]` under `weights` `[..., Q, K]`."""
     # A hidden value must not count, and 0 * inf is NaN: rows that see every non-finite value multiply it, others drop it.
     out = weights @ np.where(np.isfinite(values), values, 0.0)
@@ -41,7 +62,8 @@ def _weigh(weights: Float64, visible: Bool, values: Float64) -> Float64:
         *stack, key = place
         row = values[(*stack, key)]
         seen = visible[(*stack, slice(None), key)]
-        extra = weights[(*stack, slice(None), key)][..., None] * np.where(np.isfinite(row), 0.0, row)
+        with np.errstate(invalid="ignore"):
+            extra = weights[(*stack, slice(None), key)][..., None] * np.where(np.isfinite(row), 0.0, row)
         out[tuple(stack)] += np.where(seen[..., None], extra, 0.0)
     return out
 
@@ -69,7 +91,7 @@ def softmax(
         total = weights.sum(axis=-1, keepdims=True)
         total = total if sinks is None else total + np.exp(sinks - base)
         lse = base + np.log(total)
-        out = _weigh(weights, visible, values)
+        out = weigh(weights, visible, values)
         out = np.where(total == 0.0, 0.0, out / np.where(total == 0.0, 1.0, total))
     return out, lse[..., 0]
 
@@ -90,7 +112,7 @@ def normalized(scores: Float64, visible: Bool, values: Float64, normalizer: Any)
         weights, divided = weights_of(scores, normalizer)
         weights = np.where(visible, weights, 0.0)
         total = weights.sum(axis=-1, keepdims=True)
-        out = _weigh(weights, visible, values)
+        out = weigh(weights, visible, values)
         if divided:
             out = np.where(total == 0.0, 0.0, out / np.where(total == 0.0, 1.0, total))
         return out, np.log(total)[..., 0]
