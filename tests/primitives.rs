@@ -258,7 +258,7 @@ impl<T: SimdElement> Products<'_, T> {
             let peak = T::V::<I>::load(&peaks[v * lanes..]);
             let step = step::<T, I>(T::V::<I>::splat(T::Acc::NEG_INFINITY), peak);
             let mut column = Column { rows: &mut scores[v * lanes..], stride: panel };
-            probabilities::<T, I, Exponential>(&mut column, 0..count, T::V::<I>::splat(T::Acc::from_f64(1.0)), step.base);
+            probabilities::<T, I, Exponential>(&mut column, 0..count, (T::V::<I>::splat(T::Acc::from_f64(1.0)), step.base), None);
         }
         let depth = <T::Kernel<I> as VectorKernel<T>>::DEPTH;
         assert_eq!(depth, K::DEPTH);

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ._native import __version__
 from ._runtime import get_num_threads, set_num_threads, show_config
-from .ops.backward import attention_backward
+from .ops.backward import attention_backward, attention_varlen_backward
 from .ops.exact import attention, scaled_dot_product_attention
 from .ops.kvcache import attention_with_kvcache, merge_attention
 from .ops.varlen import attention_varlen
@@ -26,6 +26,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_varlen",
+    "attention_varlen_backward",
     "attention_with_kvcache",
     "biases",
     "flash_attn",

@@ -18,6 +18,8 @@ def attention(
     sinks: Any | None = None,
     length_scale: Any | None = None,
     normalizer: Any | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Any | None = None,
     return_lse: bool = False,
     out: Any | None = None,
 ) -> Any: ...
@@ -31,6 +33,24 @@ def attention_backward(
     d_lse: Any | None,
     wrt: list[str],
     options: dict[str, Any],
+) -> tuple[Any, ...]: ...
+def attention_varlen_backward(
+    d_out: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    d_lse: Any | None,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    wrt: list[str],
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Any | None,
+    softcap: float | None,
+    alibi_slopes: Any | None,
+    sinks: Any | None,
 ) -> tuple[Any, ...]: ...
 def attention_varlen(
     q: Any,

@@ -194,7 +194,8 @@ pub fn check_memory(out: &Array<'_>, inputs: &[&Array<'_>]) -> Result<(), Error>
 /// `softmax(scale * q k^T + bias) v`; documented in `subquad.ops.exact`.
 #[pyfunction]
 #[pyo3(signature = (q, k, v, *, causal=false, window_size=None, mask=None, scale=None, bias=None, relative_bias=None,
-    softcap=None, alibi_slopes=None, sinks=None, length_scale=None, normalizer=None, return_lse=false, out=None))]
+    softcap=None, alibi_slopes=None, sinks=None, length_scale=None, normalizer=None, dropout_p=0.0, dropout_seed=None,
+    return_lse=false, out=None))]
 #[expect(clippy::too_many_arguments, reason = "the Python signature")]
 pub fn attention<'py>(
     q: &Bound<'py, PyAny>,
@@ -211,11 +212,13 @@ pub fn attention<'py>(
     sinks: Option<&Bound<'py, PyAny>>,
     length_scale: Option<&Bound<'py, PyAny>>,
     normalizer: Option<&Bound<'py, PyAny>>,
+    dropout_p: f64,
+    dropout_seed: Option<&Bound<'py, PyAny>>,
     return_lse: bool,
     out: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let py = q.py();
-    let given = Given { scale, length_scale, softcap, alibi_slopes, sinks, normalizer, mask };
+    let given = Given { scale, length_scale, softcap, alibi_slopes, sinks, dropout_p, dropout_seed, normalizer, mask };
     let inputs = Inputs::read([q, k, v], &Asked { causal, window_size, bias, relative_bias, given })?;
     let (q, dtype, shape) = (&inputs.q, inputs.dtype, inputs.shape);
     let AttnShape { batch, seqlen_q, num_heads, head_dim_v, .. } = shape;

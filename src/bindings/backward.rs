@@ -265,12 +265,15 @@ pub fn attention_backward<'py>(
     let [window_size, bias, relative_bias] = [option("window_size")?, option("bias")?, option("relative_bias")?];
     let [scale, length_scale, alibi_slopes] = [option("scale")?, option("length_scale")?, option("alibi_slopes")?];
     let [sinks, normalizer, mask] = [option("sinks")?, option("normalizer")?, option("mask")?];
+    let dropout_seed = option("dropout_seed")?;
     let given = Given {
         scale: scale.as_ref(),
         length_scale: length_scale.as_ref(),
         softcap: option("softcap")?.map(|softcap| softcap.extract()).transpose()?,
         alibi_slopes: alibi_slopes.as_ref(),
         sinks: sinks.as_ref(),
+        dropout_p: option("dropout_p")?.map_or(Ok(0.0), |dropout_p| dropout_p.extract())?,
+        dropout_seed: dropout_seed.as_ref(),
         normalizer: normalizer.as_ref(),
         mask: mask.as_ref(),
     };

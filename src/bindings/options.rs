@@ -6,6 +6,7 @@ use super::{broadcast, integers, masks};
 use crate::dtype::{DType, Element, Float};
 use crate::error::Error;
 use crate::index::{Segment, Segments};
+use crate::kernels::dropout::Dropout;
 use crate::kernels::mask::{Mask, RowRanges, Window, Windows};
 use crate::kernels::mask_rules::Extents;
 use crate::kernels::score_mod::{Normalizer, RowTable, Scale, ScoreMod};
@@ -223,6 +224,10 @@ pub struct Given<'a, 'py> {
     pub alibi_slopes: Option<&'a Bound<'py, PyAny>>,
     /// An array `[H]`, or one that broadcasts to `[B, H, Sq]`.
     pub sinks: Option<&'a Bound<'py, PyAny>>,
+    /// A number from 0 to below 1.
+    pub dropout_p: f64,
+    /// A number that fits into 64 bits.
+    pub dropout_seed: Option<&'a Bound<'py, PyAny>>,
     /// A lowered normaliser.
     pub normalizer: Option<&'a Bound<'py, PyAny>>,
     /// A lowered mask.
@@ -242,6 +247,7 @@ pub struct Options {
     alibi_slopes: Option<Table>,
     sinks: Option<Table>,
     normalizer: Normalizer,
+    dropout: Option<Dropout>,
 }
 
 impl Options {
@@ -259,6 +265,7 @@ impl Options {
             alibi_slopes: None,
             sinks: None,
             normalizer: Normalizer::Softmax,
+            dropout: None,
         }
     }
 
@@ -299,6 +306,7 @@ impl Options {
         if let Some(normalizer) = given.normalizer {
             options.normalizer = masks::normalizer(normalizer)?;
         }
+        options.dropout = dropout(given.dropout_p, given.dropout_seed)?;
         if options.sinks.is_some() && options.normalizer != Normalizer::Softmax {
             let expected = "None, as the normalizer is not softmax".into();
             return Err(Error::Value { arg: "sinks", expected, got: "an array".into() }.into());
@@ -352,8 +360,24 @@ impl Options {
             alibi_slopes: self.alibi_slopes.as_ref().map(Table::view),
             sinks: self.sinks.as_ref().map(Table::view),
             normalizer: self.normalizer,
+            dropout: self.dropout,
         }
     }
+}
+
+fn dropout(probability: f64, seed: Option<&Bound<'_, PyAny>>) -> PyResult<Option<Dropout>> {
+    let wrong = |arg, expected: &str, got: String| PyErr::from(Error::Value { arg, expected: expected.into(), got });
+    if !(0.0..1.0).contains(&probability) {
+        return Err(wrong("dropout_p", "a number from 0 to below 1", probability.to_string()));
+    }
+    if probability == 0.0 {
+        return Ok(None);
+    }
+    let Some(seed) = seed else {
+        return Err(wrong("dropout_seed", "an integer, as dropout_p is above 0", "None".into()));
+    };
+    let seed = seed.extract().map_err(|_| wrong("dropout_seed", "an integer from 0 to below 2**64", seed.to_string()))?;
+    Ok(Some(Dropout { probability, seed }))
 }
 
 /// Checks a soft-cap.

@@ -8,6 +8,7 @@
 //! not even when they or their values are NaN; scores, maxima, sums and accumulators are `Element::Acc`.
 
 pub mod bias;
+pub mod dropout;
 pub mod exact;
 pub mod mask;
 pub mod mask_rules;

@@ -1,5 +1,7 @@
 //! What is done to scores before they become weights, and how they become weights.
 
+use super::dropout::Dropout;
+
 /// One number for each query of each head, broadcast by strides.
 #[derive(Debug, Clone, Copy)]
 pub struct RowTable<'a> {
@@ -140,11 +142,20 @@ pub struct ScoreMod<'a> {
     pub sinks: Option<RowTable<'a>>,
     /// How scores become weights.
     pub normalizer: Normalizer,
+    /// Which weights are dropped on the way to the output.
+    pub dropout: Option<Dropout>,
 }
 
 impl ScoreMod<'_> {
     /// Softmax of scaled scores.
     pub fn plain(scale: f64) -> Self {
-        Self { scale: Scale::uniform(scale), softcap: None, alibi_slopes: None, sinks: None, normalizer: Normalizer::Softmax }
+        Self {
+            scale: Scale::uniform(scale),
+            softcap: None,
+            alibi_slopes: None,
+            sinks: None,
+            normalizer: Normalizer::Softmax,
+            dropout: None,
+        }
     }
 }

@@ -21,15 +21,24 @@ pub struct QueryState<V> {
     pub slope: Option<V>,
 }
 
+/// What differs from key to key; rows lie as the scores do.
+#[derive(Clone, Copy)]
+pub struct ByKey<'a, A> {
+    /// Factors of the gradients of scores.
+    pub slopes: Option<&'a [A]>,
+    /// Factors of the weights on the way to the output.
+    pub factors: Option<&'a [A]>,
+}
+
 /// Turns scores into weights and gradients of weights into those of raw scores: `P = 2^(s * scale - base)`, `P (dP - delta) slope`.
 ///
-/// A hidden key gets the weight `-0` and the gradient 0, whatever the others are. `slopes` multiply gradients key by key.
+/// A hidden key gets the weight `-0` and the gradient 0, whatever the others are.
 #[inline(always)]
 pub fn softmax_gradients<T: SimdElement, I: Isa, W: WeightForm>(
     (scores, gradients): (&mut Column<'_, T::Acc>, &mut Column<'_, T::Acc>),
     keys: Range<usize>,
     query: &QueryState<T::V<I>>,
-    slopes: Option<&Column<'_, T::Acc>>,
+    by_key: &ByKey<'_, T::Acc>,
 ) {
     let zero = T::V::<I>::splat(T::Acc::ZERO);
     let lowest = T::V::<I>::splat(T::Acc::LOWEST);
@@ -38,19 +47,26 @@ pub fn softmax_gradients<T: SimdElement, I: Isa, W: WeightForm>(
         let row = &mut scores.rows[j * scores.stride..];
         let score = T::V::<I>::load(row);
         let weight = W::weight::<T, I>(score, query.scale, minus_base);
-        weight.store(row);
-        let row = &mut gradients.rows[j * gradients.stride..];
-        let mut gradient = weight.mul(T::V::<I>::load(row).sub(query.delta));
+        let gradient_row = &mut gradients.rows[j * gradients.stride..];
+        let mut of_weight = T::V::<I>::load(gradient_row);
+        if let Some(factors) = by_key.factors {
+            let factor = T::V::<I>::load(&factors[j * scores.stride..]);
+            of_weight = of_weight.mul(factor);
+            weight.mul(factor).store(row);
+        } else {
+            weight.store(row);
+        }
+        let mut gradient = weight.mul(of_weight.sub(query.delta));
         if let Some(slope) = query.slope {
             gradient = gradient.mul(slope);
         }
-        if let Some(slopes) = slopes {
-            gradient = gradient.mul(T::V::<I>::load(&slopes.rows[j * slopes.stride..]));
+        if let Some(slopes) = by_key.slopes {
+            gradient = gradient.mul(T::V::<I>::load(&slopes[j * scores.stride..]));
         }
         if W::HIDES {
             gradient = lowest.select_gt(score, zero, gradient);
         }
-        gradient.store(row);
+        gradient.store(gradient_row);
     }
 }
 
@@ -60,13 +76,13 @@ pub fn other_gradients<T: SimdElement, I: Isa>(
     (scores, gradients): (&mut Column<'_, T::Acc>, &mut Column<'_, T::Acc>),
     keys: Range<usize>,
     query: &QueryState<T::V<I>>,
-    slopes: Option<&Column<'_, T::Acc>>,
+    by_key: &ByKey<'_, T::Acc>,
     weigh: impl Fn(usize, f64) -> (f64, f64),
 ) {
     let lanes = T::V::<I>::LANES;
-    let (mut deltas, mut factors) = ([T::Acc::ZERO; MAX_LANES], [T::Acc::ZERO; MAX_LANES]);
+    let (mut deltas, mut row_slopes) = ([T::Acc::ZERO; MAX_LANES], [T::Acc::ZERO; MAX_LANES]);
     query.delta.store(&mut deltas);
-    query.slope.unwrap_or(T::V::<I>::splat(T::Acc::from_f64(1.0))).store(&mut factors);
+    query.slope.unwrap_or(T::V::<I>::splat(T::Acc::from_f64(1.0))).store(&mut row_slopes);
     for j in keys {
         let score_row = &mut scores.rows[j * scores.stride..][..lanes];
         let gradient_row = &mut gradients.rows[j * gradients.stride..][..lanes];
@@ -76,9 +92,11 @@ pub fn other_gradients<T: SimdElement, I: Isa>(
                 continue;
             }
             let (weight, rate) = weigh(lane, score.to_f64());
-            let slope = factors[lane].to_f64() * slopes.map_or(1.0, |slopes| slopes.rows[j * slopes.stride + lane].to_f64());
-            let change = if rate == 0.0 { 0.0 } else { rate * (gradient.to_f64() - deltas[lane].to_f64()) * slope };
-            (*score, *gradient) = (T::Acc::from_f64(weight), T::Acc::from_f64(change));
+            let at = |rows: Option<&[T::Acc]>| rows.map_or(1.0, |rows| rows[j * scores.stride + lane].to_f64());
+            let (slope, factor) = (row_slopes[lane].to_f64() * at(by_key.slopes), at(by_key.factors));
+            let of_weight = factor * gradient.to_f64();
+            let change = if rate == 0.0 { 0.0 } else { rate * (of_weight - deltas[lane].to_f64()) * slope };
+            (*score, *gradient) = (T::Acc::from_f64(weight * factor), T::Acc::from_f64(change));
         }
     }
 }

@@ -5,6 +5,7 @@ pub mod exp;
 pub mod gradient_pass;
 pub mod load;
 pub mod online_softmax;
+pub mod philox;
 pub mod row_tile;
 pub mod score_pass;
 pub mod tanh;

@@ -93,15 +93,16 @@ impl WeightForm for Ready {
     }
 }
 
-/// Turns rows of scores into rows of weight operands, in place, and returns the sum of the weights.
+/// Turns rows of scores into rows of weight operands, in place, and returns the sum of the weights. Operands are multiplied by `factors`,
+/// which lie as the scores do.
 ///
 /// `keys` starts at a multiple of `DEPTH`. Operand row `i` holds keys `DEPTH * i ..`; a missing last key counts as weight 0.
 #[inline(always)]
 pub fn probabilities<T: SimdElement, I: Isa, W: WeightForm>(
     column: &mut Column<'_, T::Acc>,
     keys: Range<usize>,
-    scale: T::V<I>,
-    base: T::V<I>,
+    (scale, base): (T::V<I>, T::V<I>),
+    factors: Option<&[T::Acc]>,
 ) -> T::V<I> {
     let stride = column.stride;
     let depth = T::Kernel::<I>::DEPTH;
@@ -117,6 +118,12 @@ pub fn probabilities<T: SimdElement, I: Isa, W: WeightForm>(
         if pair {
             p[1] = W::weight::<T, I>(T::V::<I>::load(&column.rows[(j + 1) * stride..]), scale, minus_base);
             sums[1] = sums[1].add(p[1]);
+        }
+        if let Some(factors) = factors {
+            p[0] = p[0].mul(T::V::<I>::load(&factors[j * stride..]));
+            if pair {
+                p[1] = p[1].mul(T::V::<I>::load(&factors[(j + 1) * stride..]));
+            }
         }
         if depth == 2 {
             T::Kernel::<I>::fold(p).store(&mut column.rows[j / 2 * stride..]);

@@ -3,6 +3,7 @@
 use subquad::dtype::{Element, Float};
 use subquad::index::Segments;
 use subquad::kernels::bias::{Bias, BiasView};
+use subquad::kernels::dropout::Dropout;
 use subquad::kernels::exact::{Blocking, ExactArgs, ExactOut, decode, naive, prefill};
 use subquad::kernels::mask::{Mask, RowRanges, Window, Windows};
 use subquad::kernels::score_mod::{Normalizer, RowTable, Scale, ScoreMod};
@@ -47,6 +48,7 @@ pub struct Mods {
     /// Diagonals, the same for all heads.
     pub toeplitz: Option<Vec<f32>>,
     pub normalizer: Normalizer,
+    pub dropout: Option<Dropout>,
 }
 
 pub struct Case<T: Element> {
@@ -67,6 +69,10 @@ pub enum BiasKind {
     Bool,
     Dense,
     PerKey,
+}
+
+fn table(data: Option<&Vec<f64>>, strides: [usize; 3]) -> Option<RowTable<'_>> {
+    data.map(|data| RowTable { data, strides })
 }
 
 /// A stream of values in `[-1, 1)`: the tests need variety, not randomness.
@@ -105,9 +111,6 @@ impl<T: SimdElement> Case<T> {
         let [h, sq, sk] = [s.num_heads, s.seqlen_q, s.seqlen_k];
         let dense = [h * sq * sk, sq * sk, sk, 1].map(|stride| stride as isize);
         let windows: Vec<Window> = (0..h).map(|head| self.seen.windows[head % self.seen.windows.len()]).collect();
-        fn table(data: Option<&Vec<f64>>, strides: [usize; 3]) -> Option<RowTable<'_>> {
-            data.map(|data| RowTable { data, strides })
-        }
         let args = ExactArgs {
             shape: s,
             q: Tensor::contiguous("q", &self.q, [s.batch, sq, h, s.head_dim]).unwrap(),
@@ -141,6 +144,7 @@ impl<T: SimdElement> Case<T> {
                 alibi_slopes: table(self.mods.slopes.as_ref(), [0, 1, 0]),
                 sinks: table(self.mods.sinks.as_ref(), [0, 1, 0]),
                 normalizer: self.mods.normalizer,
+                dropout: self.mods.dropout,
             },
         };
         with(&args)

@@ -2,11 +2,13 @@
 
 use crate::case::{BiasKind, Case, Mods, Seen, Stream, assert_same, shape, widen};
 use crate::modified::{all_mods, all_normalizers, gaps};
-use half::{bf16, f16};
+use half::bf16;
 use subquad::dtype::{Element, Float};
+use subquad::kernels::dropout::Dropout;
 use subquad::kernels::exact::backward::sums::{SumTable, score_sums};
 use subquad::kernels::exact::backward::{BackwardArgs, Gradients, RowsMut, backward, naive};
 use subquad::kernels::exact::{self, Blocking};
+use subquad::kernels::score_mod::Normalizer;
 use subquad::parallel::RowWriter;
 use subquad::simd::{Level, SimdElement};
 use subquad::tensor::Tensor;
@@ -159,10 +161,10 @@ fn float64() {
     sweep::<f64>(1e-14);
 }
 
+// float16 differs from float32 in how it is loaded and stored, which forward tests: compiling it takes a minute.
 #[test]
-fn half_types() {
+fn bfloat16() {
     sweep::<bf16>(2e-2);
-    sweep::<f16>(2e-3);
 }
 
 #[test]
@@ -188,6 +190,28 @@ fn normalizers() {
                 let case = Case { mods: Mods { normalizer, ..Mods::default() }, ..case };
                 Graded::new(case, BiasKind::None).check(Blocking::default(), 1e-12);
             }
+        }
+    }
+}
+
+#[test]
+fn dropout() {
+    for (q, k, heads, dims) in [SHAPES[3], SHAPES[5]] {
+        for (seen, probability) in all_seen(q, k).into_iter().zip([0.1, 0.5, 0.9, 0.25]) {
+            let dropout = Some(Dropout { probability, seed: 0x1234_5678_9abc_def0 });
+            let case = Case::<f32>::new(shape(2, q, k, heads, dims), seen, 1.0);
+            let case = Case { mods: Mods { dropout, softcap: Some(3.0), ..Mods::default() }, ..case };
+            case.check(BiasKind::Dense, TINY, 5e-6);
+            Graded::new(case, BiasKind::Dense).check(TINY, 1e-5);
+        }
+        let mods = Mods { dropout: Some(Dropout { probability: 0.3, seed: 1 }), ..Mods::default() };
+        let sigmoid = Mods { normalizer: Normalizer::Sigmoid { bias: 0.5 }, ..mods.clone() };
+        for mods in [mods, sigmoid] {
+            let case = Case::<f64> { mods, ..Case::new(shape(2, q, k, heads, dims), Seen::all(), 1.0) };
+            case.check(BiasKind::None, Blocking::default(), 1e-13);
+            let graded = Graded::new(case, BiasKind::None);
+            graded.check(Blocking::default(), 1e-13);
+            graded.check_sums(1e-13);
         }
     }
 }

@@ -39,7 +39,7 @@ pub fn all_mods(queries: usize, keys: usize) -> Vec<Mods> {
             row_scale: Some(rows),
             by_length: Some(by_length),
             toeplitz: Some(toeplitz),
-            normalizer: Normalizer::Softmax,
+            ..Mods::default()
         },
     ]
 }

@@ -38,6 +38,8 @@ def attention(
     sinks: ArrayT | None = ...,
     length_scale: ArrayT | None = ...,
     normalizer: Normalizer | None = ...,
+    dropout_p: float = ...,
+    dropout_seed: int | None = ...,
     return_lse: Literal[False] = ...,
     out: ArrayT | None = ...,
 ) -> ArrayT: ...
@@ -60,6 +62,8 @@ def attention(
     sinks: ArrayT | None = ...,
     length_scale: ArrayT | None = ...,
     normalizer: Normalizer | None = ...,
+    dropout_p: float = ...,
+    dropout_seed: int | None = ...,
     return_lse: Literal[True],
     out: ArrayT | None = ...,
 ) -> tuple[ArrayT, ArrayT]: ...
@@ -81,6 +85,8 @@ def attention(
     sinks: Any | None = None,
     length_scale: Any | None = None,
     normalizer: Any | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
     return_lse: bool = False,
     out: Any | None = None,
 ) -> Any:
@@ -130,6 +136,10 @@ def attention(
         length_scale: `[Sk + 1]`, float32, float64 or q's dtype: the scale of a query that sees `n` keys by `causal`, `window_size`
             and `mask` (whatever `bias` hides) is multiplied by `length_scale[n]`.
         normalizer: an object of `subquad.normalizers` in the place of softmax. Not together with `sinks`.
+        dropout_p: each weight becomes 0 with this probability, from 0 to below 1, and the others are divided by `1 - dropout_p`, on
+            the way to the output; `lse` is of all of them. Which ones follows from `dropout_seed` and the places of query and key
+            alone (Philox, Salmon et al. 2011).
+        dropout_seed: an integer from 0 to below `2**64`, needed for `dropout_p` above 0.
         return_lse: whether to return the logarithm of the sum of exponentials (of weights, with a normalizer) as well.
         out: where to write the result: a PyTorch tensor or NumPy array, `[B, Sq, H, Dv]` of q's library and dtype, any strides
             with a contiguous last axis, in memory of its own.
@@ -168,6 +178,8 @@ def attention(
         sinks=sinks,
         length_scale=length_scale,
         normalizer=_lowered(normalizer),
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
         return_lse=return_lse,
         out=out,
     )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .dropout import dropout_factors
 from .gradients import argument_gradients, score_gradients
 from .scores import by_head, scores_of
 from .weights import weigh
@@ -37,6 +38,8 @@ def attention_backward(
     sinks: Array | None = None,
     length_scale: Array | None = None,
     normalizer: Any | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
 ) -> tuple[Float64, ...]:
     """`subquad.attention_backward` in float64.
 
@@ -63,6 +66,8 @@ def attention_backward(
         sinks: see there.
         length_scale: see there.
         normalizer: see there.
+        dropout_p: see there.
+        dropout_seed: see there.
 
     Returns:
         The gradients, in the order of `wrt`, each of the shape of its argument.
@@ -87,7 +92,8 @@ def attention_backward(
         length_scale=length_scale,
     )
     dlse = np.zeros(lse.shape) if dlse is None else dlse.astype(np.float64)
-    found = score_gradients(scores, d_weights, dot, lse, dlse, normalizer)
+    factors = dropout_factors(products.shape, dropout_p, dropout_seed or 0) if dropout_p else None
+    found = score_gradients(scores, d_weights, dot, lse, dlse, normalizer, factors)
     named = {"bias": bias, "relative_bias": relative_bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
     options = {name: array for name, array in named.items() if array is not None}
     gradients = argument_gradients(found, scores, do, q, k, lse, options, weigh)

@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
+from .dropout import dropout_factors
 from .scores import by_head, scores_of, sink_logits, split_bias
 from .weights import normalized, softmax
 
@@ -31,6 +32,8 @@ def attention(
     sinks: Array | None = ...,
     length_scale: Array | None = ...,
     normalizer: Any | None = ...,
+    dropout_p: float = ...,
+    dropout_seed: int | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Float64: ...
 
@@ -52,6 +55,8 @@ def attention(
     sinks: Array | None = ...,
     length_scale: Array | None = ...,
     normalizer: Any | None = ...,
+    dropout_p: float = ...,
+    dropout_seed: int | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Float64, Float64]: ...
 
@@ -72,6 +77,8 @@ def attention(
     sinks: Array | None = None,
     length_scale: Array | None = None,
     normalizer: Any | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
     return_lse: bool = False,
 ) -> Float64 | tuple[Float64, Float64]:
     """`subquad.attention` in float64.
@@ -93,6 +100,8 @@ def attention(
         sinks: `[H]`, or of rank 2 or 3 and broadcastable to `[B, H, Sq]`: a logit without a value.
         length_scale: `[Sk + 1]`: further factor of the scores of a query that sees so many keys by causal, window and mask.
         normalizer: an object of `subquad.normalizers` in the place of softmax.
+        dropout_p: the probability of a weight to be dropped on the way to the output.
+        dropout_seed: which ones; see `reference.dropout`.
         return_lse: whether to return the log-sum-exp as well.
 
     Returns:
@@ -114,11 +123,12 @@ def attention(
         alibi_slopes=alibi_slopes,
         length_scale=length_scale,
     )
+    factors = dropout_factors(products.shape, dropout_p, dropout_seed or 0) if dropout_p else None
     if normalizer is None:
         extra = None if sinks is None else sink_logits(sinks, q.shape[:3], np.float64)
-        out, lse = softmax(scores.values, scores.visible, v, extra)
+        out, lse = softmax(scores.values, scores.visible, v, extra, factors)
     else:
-        out, lse = normalized(scores.values, scores.visible, v, normalizer)
+        out, lse = normalized(scores.values, scores.visible, v, normalizer, factors)
     out = np.moveaxis(out, 1, 2)
     return (out, lse) if return_lse else out
 

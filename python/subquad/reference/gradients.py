@@ -29,7 +29,13 @@ class ScoreGradients(NamedTuple):
 
 
 def score_gradients(
-    scores: Scores, d_weights: Array, dot: Array, lse: Array, dlse: Array, normalizer: Any | None
+    scores: Scores,
+    d_weights: Array,
+    dot: Array,
+    lse: Array,
+    dlse: Array,
+    normalizer: Any | None,
+    factors: Array | None = None,
 ) -> ScoreGradients:
     """Returns the weights and the gradients of the scores; 0 where nothing is visible.
 
@@ -40,6 +46,7 @@ def score_gradients(
         lse: the log-sum-exp, `[B, H, Sq]`.
         dlse: its gradient, `[B, H, Sq]`.
         normalizer: that of the call.
+        factors: of the weights on the way to the result, `[B, H, Sq, Sk]`, or `None`.
     """
     blind = np.isneginf(lse)
     base, dlse = np.where(blind, 0, lse)[..., None], np.where(blind, 0, dlse)[..., None]
@@ -57,7 +64,8 @@ def score_gradients(
                 weights, rates, delta = weights * share, rates * share, dot - dlse
             else:
                 delta = -dlse * share
-        d_scores = rates * (d_weights - delta)
+        d_scores = rates * ((d_weights if factors is None else factors * d_weights) - delta)
+        weights = weights if factors is None else weights * factors
     return ScoreGradients(np.where(seen, weights, 0), np.where(seen, d_scores, 0), delta)
 
 

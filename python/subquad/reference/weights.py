@@ -69,7 +69,11 @@ def weigh(weights: Float64, visible: Bool, values: Float64) -> Float64:
 
 
 def softmax(
-    scores: Float64, visible: Bool, values: Float64, sinks: Float64 | None = None
+    scores: Float64,
+    visible: Bool,
+    values: Float64,
+    sinks: Float64 | None = None,
+    factors: Float64 | None = None,
 ) -> tuple[Float64, Float64]:
     """Returns the mean of the visible values under the softmax of their scores, and the log-sum-exp.
 
@@ -78,6 +82,7 @@ def softmax(
         visible: `[..., Q, K]`.
         values: `[..., K, D]`.
         sinks: a further logit of each query, without a value: `[..., Q, 1]`, or `None`.
+        factors: of the weights on the way to the result, `[..., Q, K]`, or `None`.
 
     Returns:
         `[..., Q, D]` and `[..., Q]`. Where nothing is visible, 0 and the sink (without one, `-inf`).
@@ -91,12 +96,14 @@ def softmax(
         total = weights.sum(axis=-1, keepdims=True)
         total = total if sinks is None else total + np.exp(sinks - base)
         lse = base + np.log(total)
-        out = weigh(weights, visible, values)
+        out = weigh(weights if factors is None else weights * factors, visible, values)
         out = np.where(total == 0.0, 0.0, out / np.where(total == 0.0, 1.0, total))
     return out, lse[..., 0]
 
 
-def normalized(scores: Float64, visible: Bool, values: Float64, normalizer: Any) -> tuple[Float64, Float64]:
+def normalized(
+    scores: Float64, visible: Bool, values: Float64, normalizer: Any, factors: Float64 | None = None
+) -> tuple[Float64, Float64]:
     """Returns the sum of the visible values under the weights of a normalizer, and the logarithm of the sum of weights.
 
     Args:
@@ -104,6 +111,7 @@ def normalized(scores: Float64, visible: Bool, values: Float64, normalizer: Any)
         visible: `[..., Q, K]`.
         values: `[..., K, D]`.
         normalizer: an object of `subquad.normalizers`.
+        factors: of the weights on the way to the result, `[..., Q, K]`, or `None`.
 
     Returns:
         `[..., Q, D]` and `[..., Q]`. Where the weights sum to nothing, 0 and `-inf`.
@@ -112,7 +120,7 @@ def normalized(scores: Float64, visible: Bool, values: Float64, normalizer: Any)
         weights, divided = weights_of(scores, normalizer)
         weights = np.where(visible, weights, 0.0)
         total = weights.sum(axis=-1, keepdims=True)
-        out = weigh(weights, visible, values)
+        out = weigh(weights if factors is None else weights * factors, visible, values)
         if divided:
             out = np.where(total == 0.0, 0.0, out / np.where(total == 0.0, 1.0, total))
         return out, np.log(total)[..., 0]

@@ -270,7 +270,7 @@ impl<T: SimdElement> Decode<'_, T> {
             step.m.store(&mut state.m[first..]);
             step.alpha.store(&mut alphas[first..]);
             let mut sums = [T::Acc::ZERO; MAX_LANES];
-            probabilities::<T, I, Exponential>(&mut column, 0..BLOCK_ROWS, scale, step.base).store(&mut sums);
+            probabilities::<T, I, Exponential>(&mut column, 0..BLOCK_ROWS, (scale, step.base), None).store(&mut sums);
             for (r, &sum) in (first..rows.min(first + lanes)).zip(&sums) {
                 let by_lane = &mut state.l[r * lanes..][..lanes];
                 T::V::<I>::load(by_lane).mul(T::V::<I>::splat(alphas[r])).store(by_lane);

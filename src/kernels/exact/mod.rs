@@ -178,6 +178,9 @@ const LONG_KEYS: usize = 512;
 
 fn suits_decode<T: Element>(args: &ExactArgs<'_, T>, segment: &Segment) -> bool {
     let rows = segment.q_len * args.shape.group();
+    if args.mods.dropout.is_some() {
+        return false;
+    }
     rows <= FEW_ROWS || (rows <= splits::MAX_ROWS && args.hull(segment, 0, 0..rows).len() >= LONG_KEYS)
 }
 

@@ -81,7 +81,8 @@ fn attend<T: Element>(args: &ExactArgs<'_, T>, query: &Query<'_>, kv_head: usize
             let (batch, token) = places.place(j);
             args.v.row(batch, token, kv_head)[d].to_acc().to_f64()
         };
-        let sum: f64 = seen.iter().zip(&weights).map(|(score, weight)| weight * value(score.key)).sum();
+        let kept = |key: usize| args.mods.dropout.map_or(1.0, |dropout| dropout.factor(query, key));
+        let sum: f64 = seen.iter().zip(&weights).map(|(score, weight)| weight * kept(score.key) * value(score.key)).sum();
         *out = T::from_acc(T::Acc::from_f64(sum * shrink));
     }
     if let Some(lse) = &out.lse {

@@ -62,7 +62,7 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
         (cut, first_key): (&Cut, usize),
         values_are_finite: bool,
         (packed_keys, packed_values): (&[T::Acc], &[T::Acc]),
-        scores: &mut [T::Acc],
+        (scores, factors): (&mut [T::Acc], &mut [T::Acc]),
         lanes_scratch: &mut [T::Acc],
     ) {
         let lanes = T::V::<I>::LANES;
@@ -100,9 +100,15 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
             } else {
                 T::V::<I>::load(&peaks[at..])
             };
+            let factors = self.lanes.args.mods.dropout.map(|dropout| {
+                let positions = first_key + keys.start..first_key + keys.end;
+                let query = |lane| self.lanes.query(at + lane);
+                dropout.factors(query, lanes, positions, &mut factors[keys.start * K::PANEL + at..], K::PANEL);
+                &factors[at..]
+            });
             if !exponential {
                 splat(T::Acc::from_f64(1.0)).store(&mut alphas[at..]);
-                let sum = probabilities::<T, I, Ready>(&mut column, keys, splat(scale), splat(scale));
+                let sum = probabilities::<T, I, Ready>(&mut column, keys, (splat(scale), splat(scale)), factors);
                 T::V::<I>::load(&self.l[at..]).add(sum).store(&mut self.l[at..]);
                 continue;
             }
@@ -111,9 +117,9 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
             step.m.store(&mut self.m[at..]);
             step.alpha.store(&mut alphas[at..]);
             let sum = if cut_here {
-                probabilities::<T, I, MaskedExponential>(&mut column, keys, scale, step.base)
+                probabilities::<T, I, MaskedExponential>(&mut column, keys, (scale, step.base), factors)
             } else {
-                probabilities::<T, I, Exponential>(&mut column, keys, scale, step.base)
+                probabilities::<T, I, Exponential>(&mut column, keys, (scale, step.base), factors)
             };
             T::V::<I>::load(&self.l[at..]).mul_add(step.alpha, sum).store(&mut self.l[at..]);
         }

@@ -66,6 +66,8 @@ pub struct Buffers {
     pub values: usize,
     /// The scores of one panel and block.
     pub scores: usize,
+    /// What the weights of one panel and block are multiplied by, if some are dropped.
+    pub factors: usize,
     /// The accumulator of one panel.
     pub acc: usize,
     /// A running value of one panel: maximum, sum.
@@ -73,13 +75,16 @@ pub struct Buffers {
 }
 
 impl Buffers {
-    fn new<T: SimdElement, K: TileKernel<T>>(head_dim: usize, head_dim_v: usize, block_k: usize) -> Self {
+    fn new<T: SimdElement, K: TileKernel<T>>(args: &ExactArgs<'_, T>, block_k: usize) -> Self {
         let line = padded::<T::Acc>;
+        let (head_dim, head_dim_v) = (args.shape.head_dim, args.shape.head_dim_v);
+        let scores = line(block_k.next_multiple_of(K::KEY_STEP) * K::PANEL);
         Self {
             queries: line(K::queries_len(head_dim)),
             keys: line(K::keys_len(block_k, head_dim)),
             values: line(K::values_len(block_k, head_dim_v)),
-            scores: line(block_k.next_multiple_of(K::KEY_STEP) * K::PANEL),
+            scores,
+            factors: if args.mods.dropout.is_some() { scores } else { 0 },
             acc: line(K::acc_rows(head_dim_v) * K::PANEL),
             lanes: line(K::PANEL),
         }
@@ -92,7 +97,7 @@ impl Buffers {
 
     /// Elements of a task with that many panels: blocks and scores are shared.
     pub fn total(&self, panels: usize) -> usize {
-        self.keys + self.values + self.scores + 2 * self.lanes + panels * self.per_panel()
+        self.keys + self.values + self.scores + self.factors + 2 * self.lanes + panels * self.per_panel()
     }
 }
 
@@ -107,7 +112,7 @@ impl Plan {
             .unwrap_or(SCORE_BYTES / row_bytes)
             .clamp(1, shape.seqlen_k.max(1))
             .next_multiple_of(K::KEY_STEP.max(K::DEPTH));
-        let buffers = Buffers::new::<T, K>(shape.head_dim, shape.head_dim_v, block_k);
+        let buffers = Buffers::new::<T, K>(args, block_k);
         let fitting = (SCRATCH_BYTES / size_of::<T::Acc>()).saturating_sub(buffers.total(0)) / buffers.per_panel();
         // Panels under a window are done before later ones begin: a task of any length has room for those in between.
         let at_work = args.mask.width().map(|width| {

@@ -92,6 +92,7 @@ impl<T: SimdElement> Prefill<'_, T> {
         let (packed_keys, scratch) = scratch.as_mut_slice()[..total].split_at_mut(buffers.keys);
         let (packed_values, scratch) = scratch.split_at_mut(buffers.values);
         let (scores, scratch) = scratch.split_at_mut(buffers.scores);
+        let (factors, scratch) = scratch.split_at_mut(buffers.factors);
         let (lanes, state) = scratch.split_at_mut(2 * buffers.lanes);
         // Blocks begin at multiples of their length, whatever the task: how sums are grouped does not depend on it.
         let first = seen.start / block_k * block_k;
@@ -125,7 +126,7 @@ impl<T: SimdElement> Prefill<'_, T> {
                 }
                 let cut = panel.cut(block.start, block.len());
                 if !cut.is_empty() {
-                    panel.attend((&cut, block.start), finite, (packed_keys, packed_values), scores, lanes);
+                    panel.attend((&cut, block.start), finite, (packed_keys, packed_values), (scores, factors), lanes);
                 }
                 if hull.end <= block.end {
                     panel.finish(self.out);

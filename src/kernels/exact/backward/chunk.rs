@@ -93,6 +93,7 @@ impl<T: SimdElement> Backward<'_, T> {
         let (weights, scratch) = scratch.split_at_mut(buffers.scores);
         let (gradients, scratch) = scratch.split_at_mut(buffers.scores);
         let (slopes, scratch) = scratch.split_at_mut(buffers.slopes);
+        let (factors, scratch) = scratch.split_at_mut(buffers.factors);
         let (folded_weights, scratch) = scratch.split_at_mut(buffers.along_queries);
         let (folded_gradients, scratch) = scratch.split_at_mut(buffers.along_queries);
         let (along_keys, scratch) = scratch.split_at_mut(buffers.along_keys);
@@ -116,7 +117,7 @@ impl<T: SimdElement> Backward<'_, T> {
         sums.values.fill(T::Acc::ZERO);
         let mut workspace = Workspace {
             rows: PanelRows { queries: query_rows, d_outs: d_out_rows },
-            scores: ScoreBuffers { weights, gradients, slopes },
+            scores: ScoreBuffers { weights, gradients, slopes, factors },
             folded: Folded { weights: folded_weights, gradients: folded_gradients, along_keys },
         };
 

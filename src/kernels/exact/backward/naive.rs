@@ -56,6 +56,7 @@ pub fn for_each_score<T: Element>(args: &BackwardArgs<'_, T>, mut visit: impl Fn
                 for score in seen_scores(forward, &query, kv_head) {
                     let (k_batch, k_token) = forward.places(&segment).place(score.key);
                     let value = forward.v.row(k_batch, k_token, kv_head);
+                    let kept = forward.mods.dropout.map_or(1.0, |dropout| dropout.factor(&query, score.key));
                     let d_weight: f64 = d_out.iter().zip(value).map(|(&g, &v)| g.to_acc().to_f64() * v.to_acc().to_f64()).sum();
                     let (weight, rate) = if normalizer == Normalizer::Softmax {
                         let weight = if state.lse == f64::NEG_INFINITY { 0.0 } else { (score.value - state.lse).exp() };
@@ -64,8 +65,8 @@ pub fn for_each_score<T: Element>(args: &BackwardArgs<'_, T>, mut visit: impl Fn
                         let share = RowState::share(state.lse, normalizer);
                         (normalizer.value(score.value) * share, normalizer.rate(score.value) * share)
                     };
-                    let d_score = if rate == 0.0 { 0.0 } else { rate * (d_weight - state.delta) };
-                    visit(&query, &ScoreGradient { score, weight, d_score });
+                    let d_score = if rate == 0.0 { 0.0 } else { rate * (kept * d_weight - state.delta) };
+                    visit(&query, &ScoreGradient { score, weight: kept * weight, d_score });
                 }
             }
         }

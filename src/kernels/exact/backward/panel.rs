@@ -7,7 +7,7 @@ use super::{BackwardArgs, RowState};
 use crate::dtype::Float;
 use crate::kernels::bias::Bias;
 use crate::kernels::score_mod::Normalizer;
-use crate::math::gradient_pass::{QueryState, other_gradients, softmax_gradients};
+use crate::math::gradient_pass::{ByKey, QueryState, other_gradients, softmax_gradients};
 use crate::math::load::MAX_LANES;
 use crate::math::online_softmax::{Column, Exponential, MaskedExponential, scale_base2};
 use crate::math::row_tile::RowKernel;
@@ -24,6 +24,8 @@ pub struct ScoreBuffers<'s, A> {
     pub gradients: &'s mut [A],
     /// Derivatives of a soft-cap.
     pub slopes: &'s mut [A],
+    /// What weights are multiplied by, if some are dropped.
+    pub factors: &'s mut [A],
 }
 
 /// Keys and values of a block, packed, from position `first` on.
@@ -161,6 +163,12 @@ impl<'a, 's, T: SimdElement, I: Isa, K: RowKernel<T>> GradientPanel<'a, 's, T, I
         if hides {
             self.lanes.hide::<I>((cut, first_key), v, keys.clone(), &mut scores);
         }
+        let factors = mods.dropout.map(|dropout| {
+            let positions = first_key + keys.start..first_key + keys.end;
+            let query = |lane| self.lanes.query(at + lane);
+            dropout.factors(query, width, positions, &mut buffers.factors[keys.start * stride + at..], stride);
+            &buffers.factors[at..]
+        });
         let row_scale = || score_pass::lanes::<T, I>(|lane| args.scale(&self.lanes.query(at + lane)));
         let query = QueryState {
             scale: if plain { T::V::<I>::splat(scale) } else { splat(1.0) },
@@ -168,7 +176,8 @@ impl<'a, 's, T: SimdElement, I: Isa, K: RowKernel<T>> GradientPanel<'a, 's, T, I
             delta: T::V::<I>::load(&self.delta[at..]),
             slope: (of == Of::Products && !mods.scale.is_uniform()).then(row_scale),
         };
-        let slopes = slopes.as_ref().filter(|_| of == Of::Products);
+        let slopes = slopes.as_ref().filter(|_| of == Of::Products).map(|slopes| &*slopes.rows);
+        let by_key = ByKey { slopes, factors };
         let columns = (&mut scores, &mut gradients);
         if mods.normalizer != Normalizer::Softmax {
             let mut shares = [0.0; MAX_LANES];
@@ -176,13 +185,13 @@ impl<'a, 's, T: SimdElement, I: Isa, K: RowKernel<T>> GradientPanel<'a, 's, T, I
                 let lse = self.base[at + lane].to_f64();
                 *share = if lse == f64::INFINITY { 0.0 } else { RowState::share(lse, mods.normalizer) };
             }
-            other_gradients::<T, I>(columns, keys, &query, slopes, |lane, score| {
+            other_gradients::<T, I>(columns, keys, &query, &by_key, |lane, score| {
                 (mods.normalizer.value(score) * shares[lane], mods.normalizer.rate(score) * shares[lane])
             });
         } else if hides || !plain {
-            softmax_gradients::<T, I, MaskedExponential>(columns, keys, &query, slopes);
+            softmax_gradients::<T, I, MaskedExponential>(columns, keys, &query, &by_key);
         } else {
-            softmax_gradients::<T, I, Exponential>(columns, keys, &query, slopes);
+            softmax_gradients::<T, I, Exponential>(columns, keys, &query, &by_key);
         }
     }
 }

@@ -71,6 +71,8 @@ pub struct Buffers {
     pub scores: usize,
     /// Derivatives of a soft-cap, if there is one.
     pub slopes: usize,
+    /// What weights are multiplied by, if some are dropped.
+    pub factors: usize,
     /// Weights of a panel and block along the queries, if scores are no operands.
     pub along_queries: usize,
     /// Gradients of scores along the keys, likewise.
@@ -99,6 +101,7 @@ impl Buffers {
             lanes: line(K::PANEL),
             scores: line(block_rows * K::PANEL),
             slopes: only(args.mods.softcap.is_some(), line(block_rows * K::PANEL)),
+            factors: only(args.mods.dropout.is_some(), line(block_rows * K::PANEL)),
             along_queries: only(folds, line(block_rows * K::ALONG_QUERIES)),
             along_keys: only(folds && wanted.q, line(block_rows.div_ceil(K::DEPTH) * K::PANEL + K::ROW_STEP)),
         }
@@ -119,6 +122,7 @@ impl Buffers {
             + 2 * self.lanes
             + 2 * self.scores
             + self.slopes
+            + self.factors
             + 2 * self.along_queries
             + self.along_keys
     }
