@@ -228,7 +228,8 @@ impl<'py> Differentiable<'py> for Dense<'py> {
                 origin: seqlen_q.saturating_sub(1),
                 token_stride: -1,
                 key_stride: 1,
-                ..SumTable::slopes(1, 1)
+                batches: 1,
+                is_slope: false,
             },
             _ => {
                 let (tokens, keys) = (axis(2), axis(1));

@@ -17,7 +17,7 @@ OPTIONS = {
     "plain": {},
     "causal": {"causal": True},
     "window and soft-cap": {"window_size": (20, 5), "softcap": 3.0},
-    "sigmoid": {"normalizer": normalizers.sigmoid()},
+    "sigmoid": {"normalizer": normalizers.Sigmoid()},
     "padding": {"mask": masks.padding(5)},
 }
 
