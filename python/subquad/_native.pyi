@@ -34,6 +34,25 @@ def attention_backward(
     wrt: list[str],
     options: dict[str, Any],
 ) -> tuple[Any, ...]: ...
+def attention_jvp(
+    q: Any,
+    k: Any,
+    v: Any,
+    tangents: dict[str, Any],
+    options: dict[str, Any],
+) -> tuple[Any, Any]: ...
+def attention_double_backward(
+    d_out: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    d_lse: Any | None,
+    cotangents: dict[str, Any],
+    options: dict[str, Any],
+    wrt: list[str] | None = None,
+) -> dict[str, Any]: ...
 def attention_varlen_backward(
     d_out: Any,
     q: Any,

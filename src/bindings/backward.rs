@@ -2,8 +2,7 @@
 
 use super::array::{Array, Layout};
 use super::attention::{View, dispatch_dtype, lse_dtype, writer};
-use super::inputs::{Asked, Inputs};
-use super::options::Given;
+use super::inputs::{Inputs, Named};
 use super::{enter, result, runtime};
 use crate::dtype::{DType, Element, Float};
 use crate::error::Error;
@@ -95,7 +94,11 @@ impl<'py> Results<'py> {
     }
 }
 
-fn rows<'a, 'py, T: SimdElement>(
+/// The rows of a gradient, if it is asked for.
+///
+/// # Errors
+/// Those of the memory.
+pub fn rows<'a, 'py, T: SimdElement>(
     call: &impl Differentiable<'py>,
     array: Option<&'a Array<'_>>,
 ) -> Result<Option<RowWriter<'a, T>>, Error> {
@@ -141,7 +144,10 @@ fn run_sinks<'py, T: SimdElement>(py: Python<'_>, call: &impl Differentiable<'py
 }
 
 /// Rounds numbers into a contiguous array.
-fn write_all<A: Float>(into: &Array<'_>, numbers: &[A]) -> PyResult<()> {
+///
+/// # Errors
+/// Those of the memory.
+pub fn write_all<A: Float>(into: &Array<'_>, numbers: &[A]) -> PyResult<()> {
     fn write<T: Element, A: Float>(into: &Array<'_>, numbers: &[A]) -> Result<(), Error> {
         for (out, x) in into.memory.slice_mut::<T>(into.arg)?.iter_mut().zip(numbers) {
             *out = T::from_acc(T::Acc::from_f64(x.to_f64()));
@@ -198,9 +204,29 @@ pub fn gradients<'py>(
 }
 
 /// A call of `attention`.
-struct Dense<'py> {
-    inputs: Inputs<'py>,
+pub struct Dense<'py> {
+    /// Its arguments.
+    pub inputs: Inputs<'py>,
     results: Results<'py>,
+}
+
+impl<'py> Dense<'py> {
+    /// Reads the arguments of a call, its results and their gradients.
+    ///
+    /// # Errors
+    /// Those of each.
+    pub fn read(
+        qkv: [&Bound<'py, PyAny>; 3],
+        results: [&Bound<'py, PyAny>; 3],
+        d_lse: Option<&Bound<'py, PyAny>>,
+        named: &Named<'py>,
+    ) -> PyResult<Self> {
+        let inputs = Inputs::read(qkv, &named.asked())?;
+        let AttnShape { batch, seqlen_q, num_heads, head_dim_v, .. } = inputs.shape;
+        let shapes = (&[batch, seqlen_q, num_heads, head_dim_v][..], &[batch, num_heads, seqlen_q][..]);
+        let results = Results::read(&inputs.q, results, d_lse, shapes)?;
+        Ok(Self { inputs, results })
+    }
 }
 
 impl<'py> Differentiable<'py> for Dense<'py> {
@@ -262,41 +288,16 @@ pub fn attention_backward<'py>(
     wrt: Vec<String>,
     options: &Bound<'py, PyDict>,
 ) -> PyResult<Bound<'py, PyTuple>> {
-    let option = |name: &str| options.get_item(name).map(|found| found.filter(|object| !object.is_none()));
-    let [window_size, bias, relative_bias] = [option("window_size")?, option("bias")?, option("relative_bias")?];
-    let [scale, length_scale, alibi_slopes] = [option("scale")?, option("length_scale")?, option("alibi_slopes")?];
-    let [sinks, normalizer, mask] = [option("sinks")?, option("normalizer")?, option("mask")?];
-    let dropout_seed = option("dropout_seed")?;
-    let given = Given {
-        scale: scale.as_ref(),
-        length_scale: length_scale.as_ref(),
-        softcap: option("softcap")?.map(|softcap| softcap.extract()).transpose()?,
-        alibi_slopes: alibi_slopes.as_ref(),
-        sinks: sinks.as_ref(),
-        dropout_p: option("dropout_p")?.map_or(Ok(0.0), |dropout_p| dropout_p.extract())?,
-        dropout_seed: dropout_seed.as_ref(),
-        normalizer: normalizer.as_ref(),
-        mask: mask.as_ref(),
-    };
-    let asked = Asked {
-        causal: option("causal")?.map_or(Ok(false), |causal| causal.extract())?,
-        window_size: window_size.as_ref(),
-        bias: bias.as_ref(),
-        relative_bias: relative_bias.as_ref(),
-        given,
-    };
-    let inputs = Inputs::read([q, k, v], &asked)?;
-    let AttnShape { batch, seqlen_q, num_heads, head_dim_v, .. } = inputs.shape;
-    let shapes = (&[batch, seqlen_q, num_heads, head_dim_v][..], &[batch, num_heads, seqlen_q][..]);
-    let results = Results::read(&inputs.q, [d_out, out, lse], d_lse, shapes)?;
+    let named = Named::read(options)?;
+    let call = Dense::read([q, k, v], [d_out, out, lse], d_lse, &named)?;
     let objects = [
         ("q", Some(q)),
         ("k", Some(k)),
         ("v", Some(v)),
-        ("bias", bias.as_ref()),
-        ("relative_bias", relative_bias.as_ref()),
-        ("alibi_slopes", alibi_slopes.as_ref()),
-        ("sinks", sinks.as_ref()),
+        ("bias", named.bias.as_ref()),
+        ("relative_bias", named.relative_bias.as_ref()),
+        ("alibi_slopes", named.alibi_slopes.as_ref()),
+        ("sinks", named.sinks.as_ref()),
     ];
-    gradients(q.py(), &Dense { inputs, results }, &wrt, &objects)
+    gradients(q.py(), &call, &wrt, &objects)
 }

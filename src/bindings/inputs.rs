@@ -8,6 +8,7 @@ use crate::dtype::DType;
 use crate::error::Error;
 use crate::tensor::AttnShape;
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
 /// What can be asked for beside queries, keys and values, as it came.
 #[derive(Default)]
@@ -22,6 +23,73 @@ pub struct Asked<'a, 'py> {
     pub relative_bias: Option<&'a Bound<'py, PyAny>>,
     /// All else.
     pub given: Given<'a, 'py>,
+}
+
+/// What can be asked for, by name.
+pub struct Named<'py> {
+    causal: bool,
+    softcap: Option<f64>,
+    window_size: Option<Bound<'py, PyAny>>,
+    scale: Option<Bound<'py, PyAny>>,
+    length_scale: Option<Bound<'py, PyAny>>,
+    dropout_p: f64,
+    dropout_seed: Option<Bound<'py, PyAny>>,
+    normalizer: Option<Bound<'py, PyAny>>,
+    mask: Option<Bound<'py, PyAny>>,
+    /// An array that broadcasts to `[B, H, Sq, Sk]`.
+    pub bias: Option<Bound<'py, PyAny>>,
+    /// An array `[H or 1, Sq + Sk - 1]`.
+    pub relative_bias: Option<Bound<'py, PyAny>>,
+    /// An array `[H]` or `[B, H]`.
+    pub alibi_slopes: Option<Bound<'py, PyAny>>,
+    /// An array `[H]`, or one that broadcasts to `[B, H, Sq]`.
+    pub sinks: Option<Bound<'py, PyAny>>,
+}
+
+impl<'py> Named<'py> {
+    /// Reads a dictionary of keyword arguments of `attention`.
+    ///
+    /// # Errors
+    /// `TypeError` for a flag or a number that is none.
+    pub fn read(options: &Bound<'py, PyDict>) -> PyResult<Self> {
+        let option = |name: &str| options.get_item(name).map(|found| found.filter(|object| !object.is_none()));
+        Ok(Self {
+            causal: option("causal")?.map_or(Ok(false), |causal| causal.extract())?,
+            softcap: option("softcap")?.map(|softcap| softcap.extract()).transpose()?,
+            window_size: option("window_size")?,
+            scale: option("scale")?,
+            length_scale: option("length_scale")?,
+            dropout_p: option("dropout_p")?.map_or(Ok(0.0), |dropout_p| dropout_p.extract())?,
+            dropout_seed: option("dropout_seed")?,
+            normalizer: option("normalizer")?,
+            mask: option("mask")?,
+            bias: option("bias")?,
+            relative_bias: option("relative_bias")?,
+            alibi_slopes: option("alibi_slopes")?,
+            sinks: option("sinks")?,
+        })
+    }
+
+    /// The same, as all entries ask.
+    pub fn asked(&self) -> Asked<'_, 'py> {
+        Asked {
+            causal: self.causal,
+            window_size: self.window_size.as_ref(),
+            bias: self.bias.as_ref(),
+            relative_bias: self.relative_bias.as_ref(),
+            given: Given {
+                scale: self.scale.as_ref(),
+                length_scale: self.length_scale.as_ref(),
+                softcap: self.softcap,
+                alibi_slopes: self.alibi_slopes.as_ref(),
+                sinks: self.sinks.as_ref(),
+                dropout_p: self.dropout_p,
+                dropout_seed: self.dropout_seed.as_ref(),
+                normalizer: self.normalizer.as_ref(),
+                mask: self.mask.as_ref(),
+            },
+        }
+    }
 }
 
 /// The arguments, checked.

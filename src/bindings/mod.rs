@@ -17,6 +17,7 @@ mod probes;
 mod result;
 mod runtime;
 mod sdpa;
+mod second;
 mod torch;
 mod varlen;
 
@@ -28,6 +29,8 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_function(wrap_pyfunction!(attention::attention, module)?)?;
     module.add_function(wrap_pyfunction!(backward::attention_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(second::attention_jvp, module)?)?;
+    module.add_function(wrap_pyfunction!(second::attention_double_backward, module)?)?;
     module.add_function(wrap_pyfunction!(varlen::attention_varlen, module)?)?;
     module.add_function(wrap_pyfunction!(varlen::attention_varlen_backward, module)?)?;
     module.add_function(wrap_pyfunction!(kvcache::attention_with_kvcache, module)?)?;

@@ -6,6 +6,7 @@ pub mod gradient_pass;
 pub mod load;
 pub mod online_softmax;
 pub mod philox;
+pub mod product;
 pub mod row_tile;
 pub mod score_pass;
 pub mod tanh;

@@ -4,6 +4,7 @@
 mod case;
 mod gradients;
 mod modified;
+mod second;
 mod segments;
 
 use case::{BiasKind, Case, Seen, shape};

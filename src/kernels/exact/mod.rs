@@ -10,6 +10,7 @@ pub mod naive;
 mod panel;
 mod plan;
 pub mod prefill;
+pub mod second;
 mod splits;
 
 pub use plan::Blocking;
