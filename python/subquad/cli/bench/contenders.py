@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 import subquad
-from subquad import _native
-from subquad.cli.bench.shapes import Shape
+from subquad import _native, masks
+from subquad.cli.bench.shapes import Shape, WindowedShape
 from subquad.cli.bench.tensors import Inputs, in_library
 from subquad.cli.bench.timing import Contender, timed, timed_once
 
@@ -74,13 +74,19 @@ def ours_call(shape: Shape, inputs: Inputs) -> Callable[[], Any]:
     return lambda: subquad.attention(q, k, v, **options)
 
 
-def sdpa_calls(
-    shape: Shape, inputs: Inputs, mask: Any | None = None
-) -> tuple[Callable[[], Any], Callable[[], Any]] | None:
-    """Returns a call of our SDPA and one of torch's, on the same values.
+def window_mask(shape: WindowedShape, like: Any) -> Any:
+    """Returns the window of a shape as torch takes it: which keys are seen, of all pairs, `[Sq, Sk]`."""
+    seen = masks.sliding_window(shape.window).dense(1, shape.queries, shape.keys)[0]
+    return in_library(np.array(seen), like)
 
-    Inputs and results are contiguous in torch's order `[B, H, S, D]`. `None` for what torch cannot do without
-    a mask, causal with unequal lengths: its `is_causal` aligns top-left.
+
+def sdpa_arguments(
+    shape: Shape, inputs: Inputs, mask: Any | None = None
+) -> tuple[Inputs, dict[str, Any]] | None:
+    """Returns the tensors and the options of a call of SDPA.
+
+    The tensors are contiguous in torch's order `[B, H, S, D]`. `None` for what torch cannot do without a mask,
+    causal with unequal lengths: its `is_causal` aligns top-left.
 
     Args:
         shape: What to compute.
@@ -90,14 +96,24 @@ def sdpa_calls(
     """
     if mask is None and shape.causal and shape.queries != shape.keys:
         return None
-    from torch.nn import functional
-
-    q, k, v = (tensor.transpose(1, 2).contiguous() for tensor in inputs)
     options = {
         "attn_mask": mask,
         "is_causal": shape.causal and mask is None,
         "enable_gqa": shape.heads != shape.kv_heads,
     }
+    return Inputs(*(tensor.transpose(1, 2).contiguous() for tensor in inputs)), options
+
+
+def sdpa_calls(
+    shape: Shape, inputs: Inputs, mask: Any | None = None
+) -> tuple[Callable[[], Any], Callable[[], Any]] | None:
+    """Returns a call of our SDPA and one of torch's, on the same values; arguments as of `sdpa_arguments`."""
+    arguments = sdpa_arguments(shape, inputs, mask)
+    if arguments is None:
+        return None
+    from torch.nn import functional
+
+    (q, k, v), options = arguments
 
     def bind(function: Callable[..., Any]) -> Callable[[], Any]:
         return lambda: function(q, k, v, **options)

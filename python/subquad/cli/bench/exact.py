@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from statistics import median
 
 from subquad import _native
-from subquad.cli.bench import contenders, requirements, tensors, verify
+from subquad.cli.bench import against_peak, contenders, requirements, tensors, verify
+from subquad.cli.bench.against_peak import AgainstPeak
 from subquad.cli.bench.cases import possible_cases
-from subquad.cli.bench.outcome import Outcome, Settings
+from subquad.cli.bench.outcome import Outcome, Settings, Value
 from subquad.cli.bench.shape_file import load, select
 from subquad.cli.bench.shapes import ExactShape
 from subquad.cli.bench.timing import interleave, paired_ratio
@@ -18,14 +19,7 @@ from subquad.cli.table import Column
 Case = tuple[ExactShape, str]
 
 COLUMNS = (
-    Column("shape", text=True),
-    Column("dtype", text=True),
-    Column("threads"),
-    Column("ms"),
-    Column("GFLOP/s"),
-    Column("peak"),
-    Column("of peak"),
-    Column("floor"),
+    *against_peak.COLUMNS,
     Column("vs torch"),
     Column("error"),
     Column("check", text=True),
@@ -50,42 +44,15 @@ class Scaling:
     peak: float
 
 
-@dataclass(frozen=True)
-class Measurement:
+@dataclass(frozen=True, kw_only=True)
+class Measurement(AgainstPeak):
     """One row: a shape and dtype at one thread count.
 
     Attributes:
-        shape: The shape.
-        dtype: Its element type.
-        threads: The thread count.
-        seconds: Median of one call.
-        peak_flops: Median of the machine's peak, flops per second.
-        peak_kind: What that peak is of: `"f32"`, `"f64"` or `"bf16"`.
-        peak_share: Median of useful flops per second / peak, each pair from one round.
-        torch_ratio: Median of torch's seconds / ours, each pair from one round; `None` without torch.
         scaling: Comparison with the shape's first thread count; `None` for that one itself.
-        floor: Least share that is asked for at this level and thread count, if any.
-        error: Largest absolute error of the rows that were checked.
-        failure: What is wrong with the result; empty if nothing.
     """
 
-    shape: ExactShape
-    dtype: str
-    threads: int
-    seconds: float
-    peak_flops: float
-    peak_kind: str
-    peak_share: float
-    torch_ratio: float | None
     scaling: Scaling | None
-    floor: float | None
-    error: float
-    failure: str
-
-    @property
-    def useful_rate(self) -> float:
-        """Useful flops per second."""
-        return self.shape.useful_flops / self.seconds
 
 
 def plan(settings: Settings) -> list[Case]:
@@ -159,36 +126,18 @@ def _scaling_note(one: Measurement, scaling: Scaling) -> str:
 
 def _row(one: Measurement) -> Sequence[str]:
     return (
-        one.shape.name,
-        one.dtype,
-        str(one.threads),
-        f"{one.seconds * 1e3:.3f}",
-        f"{one.useful_rate / 1e9:.0f}",
-        f"{one.peak_flops / 1e9:.0f} {one.peak_kind}",
-        requirements.at_least(f"{one.peak_share:.1%}", one.peak_share, one.floor),
-        "-" if one.floor is None else f"{one.floor:.0%}",
+        *one.cells(),
         "-" if one.torch_ratio is None else f"{one.torch_ratio:.2f}x",
         f"{one.error:.1e}",
         "WRONG" if one.failure else "ok",
     )
 
 
-def _record(one: Measurement) -> Mapping[str, str | float | int | None]:
+def _record(one: Measurement) -> Mapping[str, Value]:
     return {
-        "shape": one.shape.name,
-        "dtype": one.dtype,
-        "threads": one.threads,
-        "seconds": one.seconds,
-        "useful_flops": one.shape.useful_flops,
-        "peak_flops": one.peak_flops,
-        "peak_kind": one.peak_kind,
-        "peak_share": one.peak_share,
-        "torch_ratio": one.torch_ratio,
+        **one.record(),
         "scaling": None if one.scaling is None else one.scaling.ours,
         "peak_scaling": None if one.scaling is None else one.scaling.peak,
-        "floor": one.floor,
-        "error": one.error,
-        "check": one.failure or "ok",
     }
 
 
@@ -210,14 +159,11 @@ def run(cases: Sequence[Case], settings: Settings, progress: Progress) -> Outcom
         for shape, dtype in possible:
             measurements = measure(shape, dtype, settings)
             for one in measurements:
-                case = f"{shape.name}/{dtype}, threads={one.threads}"
-                outcome.add(case, _row(one), _record(one), one.failure)
+                outcome.add(one.case, _row(one), _record(one), one.failure)
                 if one.scaling is not None:
                     outcome.notes.append(_scaling_note(one, one.scaling))
             shares = ", ".join(f"{one.peak_share:.1%} of peak" for one in measurements)
             stage.advance(f"{shape.name}/{dtype}: {shares}")
     if any(one["floor"] is not None for one in outcome.records):
-        outcome.notes.append(
-            "floor: the least share of the peak that is accepted with two threads; ! is below it"
-        )
+        outcome.notes.append(against_peak.FLOOR_NOTE)
     return outcome

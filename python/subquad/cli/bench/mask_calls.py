@@ -97,9 +97,8 @@ def _torch_mask(shape: MaskShape, like: Any) -> Any:
     """Returns the mask as torch takes it: of all pairs, or of keys for each sequence."""
     if shape.layout == "padded":
         seen = masks.padding(shape.lengths).dense(shape.batch, 1, shape.keys)[:, None]
-    else:
-        seen = masks.sliding_window(shape.window).dense(1, shape.queries, shape.keys)[0]
-    return tensors.in_library(np.array(seen), like)
+        return tensors.in_library(np.array(seen), like)
+    return contenders.window_mask(shape, like)
 
 
 def _call(shape: MaskShape, dtype: str, inputs: Inputs, *, use_torch: bool) -> MaskCall:

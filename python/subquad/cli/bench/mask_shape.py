@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from subquad.cli.bench.shapes import Shape, check_count, check_limit, check_torch_floor
+from subquad.cli.bench.shapes import WindowedShape, check_limit, check_torch_floor
 
 # NumPy is imported where it is needed: the command's help, which lists the shapes' kinds, does without.
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def sinks(heads: int) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 @dataclass(frozen=True)
-class MaskShape(Shape):
+class MaskShape(WindowedShape):
     """Calls of self-attention that are held against plain ones of as much useful work.
 
     What they are held against follows from what they are:
@@ -48,7 +48,6 @@ class MaskShape(Shape):
         queries: Tokens; follows from `lengths` where there are some.
         keys: The same as `queries`.
         batch: Follows from `lengths` and `layout`.
-        window: Keys that a query sees before itself; 0 for all.
         modifiers: Modifiers of scores, each in a call of its own, and the most that it may take as a multiple of
             the plain call's time.
         lengths: Tokens of each sequence; empty for one sequence.
@@ -61,7 +60,6 @@ class MaskShape(Shape):
     queries: int = field(default=0, kw_only=True)
     keys: int = field(default=0, init=False)
     batch: int = field(default=1, init=False)
-    window: int = 0
     modifiers: Mapping[str, float] = field(default_factory=dict)
     lengths: tuple[int, ...] = ()
     layout: str = ""
@@ -80,10 +78,9 @@ class MaskShape(Shape):
             object.__setattr__(self, "queries", tokens)
             object.__setattr__(self, "batch", len(self.lengths) if self.layout == "padded" else 1)
         super().__post_init__()
-        check_count("window", self.window, least=0)
         self._check_modifiers()
-        if (self.window or self.modifiers) and not self.causal:
-            raise ValueError("window and modifiers need causal")
+        if self.modifiers and not self.causal:
+            raise ValueError("modifiers need causal")
         if self.window and self.layout in ("padded", "packed"):
             raise ValueError("window needs one sequence, or layout apart")
         check_limit("limit_ratio", self.limit_ratio)
@@ -166,8 +163,6 @@ class MaskShape(Shape):
     def options(self, heads: slice = _ALL) -> dict[str, Any]:
         """Returns the keyword arguments that the call has beside its inputs, for all heads or some."""
         options = super().options(heads)
-        if self.window:
-            options["window_size"] = (self.window, 0)
         if "softcap" in self.modifiers:
             options["softcap"] = _SOFTCAP
         if "alibi" in self.modifiers:
@@ -179,11 +174,6 @@ class MaskShape(Shape):
 
             options["mask"] = masks.padding(self.lengths, queries=True)
         return options
-
-    def visible_pairs(self, entry: int) -> int:
-        """Returns the pairs of a query and a key that it sees, for one head of a batch entry."""
-        beyond = max(self.queries - 1 - self.window, 0) if self.window else 0
-        return super().visible_pairs(entry) - beyond * (beyond + 1) // 2
 
     @property
     def useful_flops(self) -> int:

@@ -1,18 +1,8 @@
-"""Benchmark of memory: what one long call uses beyond its inputs and outputs.
+"""Benchmark of memory: what one long call uses beyond its inputs and outputs, as an upper bound."""
 
-Each case runs in a process of its own that has only called for one token before, so that scratch which is
-kept from call to call counts too. The figure is the peak of the whole process, hence an upper bound: it
-includes the pool's threads and the pages of code that the call touches for the first time.
-"""
-
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 
-from subquad.cli.bench import tensors
+from subquad.cli.bench import memory_process, tensors
 from subquad.cli.bench.outcome import Outcome, Settings, Value
 from subquad.cli.bench.shape_file import load, select
 from subquad.cli.bench.shapes import MemoryShape
@@ -32,27 +22,11 @@ COLUMNS = (
     Column("method", text=True),
     Column("check", text=True),
 )
-_CHILD = "subquad.cli.bench.memory_child"
 
 
 def plan(settings: Settings) -> list[Case]:
     """Returns the shapes and dtypes that the settings select."""
     return select(load("memory", MemoryShape, settings.shapes), settings.pattern)
-
-
-def _measure(shape: MemoryShape, dtype: str, threads: int) -> tuple[int | None, str, str]:
-    request = json.dumps({"shape": asdict(shape), "dtype": dtype, "threads": threads})
-    # NumPy's huge pages would fill up around the arrays while the call runs, and count as its memory.
-    environment = {**os.environ, "NUMPY_MADVISE_HUGEPAGE": "0"}
-    command = [sys.executable, "-m", _CHILD]
-    done = subprocess.run(
-        command, input=request, capture_output=True, text=True, check=False, env=environment
-    )
-    if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        return None, "unavailable", last[0]
-    answer = json.loads(done.stdout)
-    return answer["bytes"], answer["method"], answer["failure"]
 
 
 def run(cases: Sequence[Case], settings: Settings, progress: Progress) -> Outcome:
@@ -75,7 +49,7 @@ def run(cases: Sequence[Case], settings: Settings, progress: Progress) -> Outcom
         )
     with progress.stage("memory", total=len(possible)) as stage:
         for shape, dtype, threads in possible:
-            size, method, failure = _measure(shape, dtype, threads)
+            size, method, failure = memory_process.measure("memory", shape, dtype, threads)
             each = None if size is None else size / threads / 2**20
             within = each is None or not shape.limit_mib_per_thread or each <= shape.limit_mib_per_thread
             row = (

@@ -28,6 +28,11 @@ _ROWS = (
         "masks, modifiers of scores and several lengths, beside plain calls of as much work",
         "subquad.cli.bench.masks",
     ),
+    Bench(
+        "backward",
+        "forward and backward, share of the peak, ratio to torch, and memory",
+        "subquad.cli.bench.backward",
+    ),
     Bench("latency", "overhead of the smallest call", "subquad.cli.bench.latency"),
     Bench("memory", "memory beyond inputs and outputs of a long call", "subquad.cli.bench.memory"),
 )

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
+from subquad.cli.bench.backward_shape import BackwardShape
 from subquad.cli.bench.decode_shape import DecodeShape
 from subquad.cli.bench.mask_shape import MaskShape
 from subquad.cli.bench.shapes import ExactShape, LatencyShape, MemoryShape, Shape
@@ -17,6 +18,7 @@ TABLES: dict[str, type[Shape]] = {
     "exact": ExactShape,
     "decode": DecodeShape,
     "masks": MaskShape,
+    "backward": BackwardShape,
     "latency": LatencyShape,
     "memory": MemoryShape,
 }

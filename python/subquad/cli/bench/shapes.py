@@ -142,6 +142,40 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class WindowedShape(Shape):
+    """One call of attention that may have a window.
+
+    Attributes:
+        window: Keys that a query sees before itself; 0 for all.
+    """
+
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the window as well.
+
+        Raises:
+            ValueError: A value is wrong, or the window does not go with the rest.
+        """
+        super().__post_init__()
+        check_count("window", self.window, least=0)
+        if self.window and not (self.causal and self.queries == self.keys):
+            raise ValueError("window needs causal, and as many keys as queries")
+
+    def options(self, heads: slice = _ALL) -> dict[str, Any]:
+        """Returns the keyword arguments that the call has beside its inputs, for all heads or some."""
+        options = super().options(heads)
+        if self.window:
+            options["window_size"] = (self.window, 0)
+        return options
+
+    def visible_pairs(self, entry: int) -> int:
+        """Returns the pairs of a query and a key that it sees, for one head of a batch entry."""
+        beyond = max(self.queries - 1 - self.window, 0) if self.window else 0
+        return super().visible_pairs(entry) - beyond * (beyond + 1) // 2
+
+
+@dataclass(frozen=True)
 class ExactShape(Shape):
     """A prefill, with what it is required to reach.
 

@@ -1,6 +1,6 @@
 """Inputs of the benchmarks, as torch tensors or NumPy arrays, and conversion to float64 for checking."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import numpy.typing as npt
 from subquad.cli.bench.shapes import Shape
 
 _SEED = 20_240_501
+_GRADIENT_SEED = 20_240_504
 
 
 class Inputs(NamedTuple):
@@ -38,23 +39,10 @@ def numpy_dtype(name: str) -> np.dtype[Any] | None:
     return bfloat16
 
 
-def make_inputs(shape: Shape, dtype: str, *, use_torch: bool) -> Inputs:
-    """Returns standard normal inputs, the same in every run and for both kinds, rounded to `dtype`.
-
-    Args:
-        shape: Their sizes.
-        dtype: Their element type.
-        use_torch: Whether they are torch tensors rather than NumPy arrays.
-
-    Raises:
-        ValueError: NumPy has no such dtype here.
-    """
-    generator = np.random.default_rng(_SEED)
-    sizes = (
-        (shape.batch, shape.queries, shape.heads, shape.head_dim),
-        (shape.batch, shape.keys, shape.kv_heads, shape.head_dim),
-        (shape.batch, shape.keys, shape.kv_heads, shape.head_dim_v),
-    )
+def _standard_normal(
+    sizes: Iterable[tuple[int, ...]], seed: int, dtype: str, *, use_torch: bool
+) -> Iterable[Any]:
+    generator = np.random.default_rng(seed)
     kind = np.float64 if dtype == "float64" else np.float32
     arrays = (generator.standard_normal(size, dtype=kind) for size in sizes)
     convert: Callable[[npt.NDArray[Any]], Any]
@@ -74,7 +62,33 @@ def make_inputs(shape: Shape, dtype: str, *, use_torch: bool) -> Inputs:
         def convert(array: npt.NDArray[Any]) -> Any:
             return array.astype(rounded, copy=False)
 
-    return Inputs(*map(convert, arrays))
+    return map(convert, arrays)
+
+
+def make_inputs(shape: Shape, dtype: str, *, use_torch: bool) -> Inputs:
+    """Returns standard normal inputs, the same in every run and for both kinds, rounded to `dtype`.
+
+    Args:
+        shape: Their sizes.
+        dtype: Their element type.
+        use_torch: Whether they are torch tensors rather than NumPy arrays.
+
+    Raises:
+        ValueError: NumPy has no such dtype here.
+    """
+    sizes = (
+        (shape.batch, shape.queries, shape.heads, shape.head_dim),
+        (shape.batch, shape.keys, shape.kv_heads, shape.head_dim),
+        (shape.batch, shape.keys, shape.kv_heads, shape.head_dim_v),
+    )
+    return Inputs(*_standard_normal(sizes, _SEED, dtype, use_torch=use_torch))
+
+
+def make_output_gradient(shape: Shape, dtype: str, *, use_torch: bool) -> Any:
+    """Returns a standard normal gradient of the output, `[B, Sq, H, Dv]`; arguments as of `make_inputs`."""
+    size = (shape.batch, shape.queries, shape.heads, shape.head_dim_v)
+    (gradient,) = _standard_normal([size], _GRADIENT_SEED, dtype, use_torch=use_torch)
+    return gradient
 
 
 def full(size: tuple[int, ...], value: float, like: Any) -> Any:

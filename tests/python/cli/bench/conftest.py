@@ -81,6 +81,28 @@ causal = true
 modifiers = { softcap = 1e6, sinks = 1e6 }
 dtypes = ["float32"]
 
+[[backward]]
+name = "train"
+batch = 2
+heads = 4
+kv_heads = 2
+queries = 24
+head_dim = 8
+causal = true
+dtypes = ["float32", "bfloat16"]
+torch_floor = { float32 = 1e-6 }
+
+[[backward]]
+name = "train window"
+queries = 24
+head_dim = 8
+causal = true
+window = 5
+threads = [1, 2]
+dtypes = ["float32"]
+limit_ratio = 1e6
+limit_mib_per_thread = 100
+
 [[latency]]
 name = "small"
 queries = 4

@@ -52,6 +52,7 @@ def test_everything(cli, shapes, tmp_path):
         "pages",
         "padded",
         "modified softcap",
+        "train window",
         "small",
         "long",
         "torch's own SDPA",
@@ -64,14 +65,15 @@ def test_everything(cli, shapes, tmp_path):
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["bench"] for row in rows] == ["exact"] * 4 + ["decode"] * 4 + ["masks"] * 6 + [
-        "latency"
-    ] * 4 + ["memory"]
+        "backward"
+    ] * 4 + ["latency"] * 4 + ["memory"]
     assert {row["check"] for row in rows} == {"ok"}
     document = json.loads(json_path.read_text())
     assert {name: len(each) for name, each in document["benches"].items()} == {
         "exact": 4,
         "decode": 4,
         "masks": 6,
+        "backward": 4,
         "latency": 4,
         "memory": 1,
     }
@@ -125,6 +127,9 @@ def test_list(cli, shapes):
         "masks window/bfloat16",
         "masks padded/float32",
         "masks modified/float32",
+        "backward train/float32",
+        "backward train/bfloat16",
+        "backward train window/float32",
         "latency small/float32",
         "memory long/float32",
     ]
@@ -139,7 +144,7 @@ def test_list_of_some(cli, shapes):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["exactly"], "unknown benchmark exactly; there are exact, decode, masks, latency, memory"),
+        (["exactly"], "unknown benchmark exactly; there are exact, decode, masks, backward, latency, memory"),
         (["--filter", "nothing*"], "--filter: no shape matches 'nothing*'"),
         (["latency", "--filter", "causal*"], "--filter: no shape matches 'causal*'"),
         (["--shapes", "absent.toml"], "cannot read absent.toml: No such file or directory"),

@@ -2,12 +2,15 @@
 
 import json
 import subprocess
+from contextlib import nullcontext
 
 import pytest
 
 import subquad
-from subquad.cli.bench import contenders, latency, memory, tensors
+from subquad.cli.bench import contenders, latency, memory, memory_child, tensors
+from subquad.cli.bench.backward_shape import BackwardShape
 from subquad.cli.bench.shapes import LatencyShape, MemoryShape
+from subquad.cli.peak_memory import Peak
 
 pytestmark = pytest.mark.usefixtures("keep_threads", "quick")
 
@@ -97,6 +100,18 @@ def test_memory_at_each_thread_count(child, make_settings, recorder):
     assert [row[3:6] for row in outcome.rows] == [("3.00", "3.00", "2"), ("3.00", "1.00", "2")]
     assert [row[-1] for row in outcome.rows] == ["over", "ok"]
     assert outcome.failures == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "item", "lse_item"), [("float32", 4, 4), ("float16", 2, 4), ("float64", 8, 8)]
+)
+def test_memory_of_what_is_returned_does_not_count(monkeypatch, dtype, item, lse_item):
+    shape = BackwardShape("a", 24, 8, (dtype,), heads=4, kv_heads=2, head_dim_v=6, causal=True)
+    results = 24 * item * (4 * 6 + 4 * 8 + 2 * 8 + 2 * 6) + 24 * 4 * lse_item
+    for used, expected in ((results + 5, 5), (results - 1, 0), (None, None)):
+        peak = Peak(used, "sampled")
+        monkeypatch.setattr(memory_child, "peak_memory", lambda peak=peak: nullcontext(peak))
+        assert memory_child._backward(shape, dtype, 1) == (expected, "sampled", "")
 
 
 def test_memory_unknown_and_without_limit(child, make_settings, recorder):

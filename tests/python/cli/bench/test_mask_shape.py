@@ -108,8 +108,8 @@ def test_slopes_are_those_of_the_paper():
         ({"lengths": [3, 3], "layout": "apart"}, "lengths must be at least two, none of them twice"),
         ({"lengths": [3], "layout": "apart"}, "lengths must be at least two"),
         ({**ONE, "window": -1}, "window must be a whole number of at least 0"),
-        ({"queries": 3, "window": 2}, "window and modifiers need causal"),
-        ({"queries": 3, "modifiers": {"alibi": 1}}, "window and modifiers need causal"),
+        ({"queries": 3, "window": 2}, "window needs causal, and as many keys as queries"),
+        ({"queries": 3, "modifiers": {"alibi": 1}}, "modifiers need causal"),
         (
             {"lengths": [3, 4], "layout": "packed", "causal": True, "window": 2},
             "window needs one sequence, or layout apart",
