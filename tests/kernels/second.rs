@@ -3,8 +3,8 @@
 use crate::case::{BiasKind, Case, Mods, Seen, Stream, shape};
 use subquad::index::{Segment, Segments};
 use subquad::kernels::bias::{Bias, BiasView};
-use subquad::kernels::exact::backward::sums::{SumTable, score_sums};
-use subquad::kernels::exact::backward::{BackwardArgs, Gradients, naive as naive_backward};
+use subquad::kernels::exact::backward::sums::SumTable;
+use subquad::kernels::exact::backward::{BackwardArgs, Gradients, RowsMut, naive as naive_backward};
 use subquad::kernels::exact::second::jvp::JvpOut;
 use subquad::kernels::exact::second::{Direction, SecondGradients, check, double_backward, jvp};
 use subquad::kernels::exact::{ExactArgs, ExactOut, naive};
@@ -31,9 +31,13 @@ impl Rows {
     fn tensor(&self) -> Tensor<'_, f64> {
         Tensor::contiguous("x", &self.data, self.shape).unwrap()
     }
-    fn writer(&mut self) -> RowWriter<'_, f64> {
+    fn rows(&mut self) -> RowsMut<'_, f64> {
         let [_, s, h, d] = self.shape;
-        RowWriter::new(&mut self.data, self.shape, [s * h * d, h * d, d])
+        RowsMut { data: &mut self.data, shape: self.shape, strides: [s * h * d, h * d, d] }
+    }
+    fn writer(&mut self) -> RowWriter<'_, f64> {
+        let RowsMut { data, shape, strides } = self.rows();
+        RowWriter::new(data, shape, strides)
     }
     fn moved(from: &Tensor<'_, f64>, along: &Self, step: f64) -> Self {
         let data = from.view().iter().zip(&along.data).map(|(x, u)| x + step * u).collect();
@@ -57,9 +61,9 @@ fn first(args: &ExactArgs<'_, f64>, d_out: &Rows, d_lse: &Rows, table: &SumTable
     let [mut q, mut k, mut v] = [args.q, args.k, args.v].map(|x| Rows::nan(x.shape()));
     let backward =
         BackwardArgs { forward: *args, out: out.tensor(), lse: lse.tensor(), d_out: d_out.tensor(), d_lse: Some(d_lse.tensor()) };
-    naive_backward::backward(&backward, &Gradients { q: Some(q.writer()), k: Some(k.writer()), v: Some(v.writer()) });
+    naive_backward::backward(&backward, Gradients { q: Some(q.rows()), k: Some(&k.writer()), v: Some(&v.writer()) });
     let mut bias = Rows::nan([1, s.num_heads, s.seqlen_q, s.seqlen_k]);
-    score_sums(&backward, table, &mut bias.data);
+    naive_backward::score_sums(&backward, table, &mut bias.data);
     [out, lse, q, k, v, bias]
 }
 

@@ -149,7 +149,8 @@ class Case:
 def _cast(name, x, dtype):
     if hasattr(x, "_lowered"):
         return x._lowered()
-    return x.astype(dtype) if isinstance(x, np.ndarray) and name in ("scale", "sinks") else x
+    numbers = {"scale": dtype, "sinks": dtype, "alibi_slopes": np.float32}
+    return x.astype(numbers[name]) if isinstance(x, np.ndarray) and name in numbers else x
 
 
 def assert_close(got, expected, tolerance):
