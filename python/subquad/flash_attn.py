@@ -1,9 +1,10 @@
-"""The functions of FlashAttention 2 by their names, with their arguments, on CPUs: forward, for PyTorch, NumPy and other arrays.
+"""The functions of FlashAttention 2 by their names, with their arguments, on CPUs, for PyTorch, NumPy and other arrays.
 
 `from subquad.flash_attn import flash_attn_func` in the place of `from flash_attn import flash_attn_func`. All dtypes and head
-widths of `subquad.attention` are accepted, pages of any size too. `dropout_p` must be 0, gradients are refused, `deterministic` has
-no effect (results always are), and `return_attn_probs` returns the output, the log-sum-exp and `None`: FlashAttention has
-probabilities only for tests of its dropout. Packed arguments are taken apart by indexing and never copied.
+widths of `subquad.attention` are accepted, pages of any size too. `dropout_p` must be 0, caches have no gradients,
+`deterministic` has no effect (results always are), and `return_attn_probs` returns the output, the log-sum-exp and
+`None`: FlashAttention has probabilities only for tests of its dropout. Packed arguments are taken apart by indexing and never
+copied.
 
 Source: FlashAttention-2, Dao 2023, and the documentation of its Python functions.
 """
@@ -81,7 +82,7 @@ def flash_attn_func(
         `[B, Sq, H, Dv]`, or the triple.
 
     Raises:
-        NotImplementedError: for dropout, and tensors that require grad while gradients are enabled.
+        NotImplementedError: for dropout, and the derivatives that `subquad.attention` has not.
         ValueError: see `subquad.attention`.
         TypeError: see `subquad.attention`.
     """
@@ -197,7 +198,7 @@ def flash_attn_varlen_func(
         `[total_q, H, Dv]`, or the triple.
 
     Raises:
-        NotImplementedError: for dropout, and tensors that require grad while gradients are enabled.
+        NotImplementedError: for dropout, gradients of what lies in pages, and the derivatives that `subquad.attention` has not.
         ValueError: see `subquad.attention_varlen`.
         TypeError: see `subquad.attention_varlen`.
     """

@@ -17,6 +17,10 @@ __all__ = ["Normalizer", "Power", "ReLU", "Sigmoid", "Softplus"]
 
 
 def _number(name: str, value: object, expected: str, *, positive: bool) -> float:
+    if getattr(value, "requires_grad", False):
+        raise NotImplementedError(
+            f"{name}: the gradient of a normalizer's number is not implemented; pass {name}.item()"
+        )
     # Booleans are numbers to Python, and strings would be parsed.
     number: float | None = None
     if not isinstance(value, (bool, str, bytes)):

@@ -87,10 +87,6 @@ def _refused_tensors(call: Call) -> str | None:
             return f"device {one.device.type}"
         if one.dtype not in _DTYPES:
             return f"dtype {str(one.dtype).removeprefix('torch.')}"
-    if torch.is_grad_enabled():
-        mask = [call.mask] if torch.is_tensor(call.mask) else []
-        if any(one.requires_grad for one in (*tensors, *mask)):
-            return "gradients are enabled (torch.no_grad() disables them)"
     return None
 
 

@@ -235,9 +235,9 @@ def patch(model: PreTrainedModel) -> Patch:
 
     Works for every model that uses transformers' `AttentionInterface`. Other models are not affected, not
     even of the same class. Calls that subquad does not implement are computed by the implementation the model
-    had; the report says which and how many. Those are calls with gradients or dropout, with `indices`,
-    `block_indices` or a paged cache, with `output_attentions`, on other devices than the CPU, and within
-    `torch.compile`; and those of models whose own attention computes something else.
+    had; the report says which and how many. Those are calls with dropout, with `indices`, `block_indices`
+    or a paged cache, with `output_attentions`, on other devices than the CPU, and within `torch.compile`; and
+    those of models whose own attention computes something else. Gradients flow through what subquad computes.
 
     Multi-head latent attention (DeepSeek and others) reads its cache as it is, in calls of few queries, instead
     of expanding it to keys and values for every token.

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from .. import _native
+from .pytorch import REFUSALS, calls, calls_at_once, is_tensor, is_watched
 
 if TYPE_CHECKING:
     from ..masks import Mask
@@ -112,7 +113,11 @@ def attention(
                             x .         x .         x x
                             x x         x x         x x
 
-    Forward only: tensors that require grad are refused while gradients are enabled.
+    PyTorch differentiates it with respect to `q`, `k`, `v`, a `bias` of numbers, `relative_bias`, `alibi_slopes` and `sinks`;
+    `lse` has a gradient, too. In float32 and float64, without `softcap`, `normalizer` and dropout, there are second derivatives
+    and forward mode (`create_graph=True`, `torch.func.hessian`, `jvp`) for all but slopes and sinks. `torch.compile`,
+    `torch.export` and `torch.func` see one operator, `subquad::attention`. Under autocast `q`, `k`, `v` and `bias` are cast as
+    PyTorch's own function casts them. Without PyTorch, see `subquad.attention_backward`.
 
     Args:
         q: queries, `[B, Sq, H, D]`; float32, float64, float16 or bfloat16. `D` is 1 to 1024.
@@ -139,7 +144,8 @@ def attention(
         dropout_p: each weight becomes 0 with this probability, from 0 to below 1, and the others are divided by `1 - dropout_p`, on
             the way to the output; `lse` is of all of them. Which ones follows from `dropout_seed` and the places of query and key
             alone (Philox, Salmon et al. 2011).
-        dropout_seed: an integer from 0 to below `2**64`, needed for `dropout_p` above 0.
+        dropout_seed: an integer from 0 to below `2**64`, needed for `dropout_p` above 0. Without one, calls on tensors draw it from
+            PyTorch's generator (`torch.manual_seed`), but not within `torch.compile`.
         return_lse: whether to return the logarithm of the sum of exponentials (of weights, with a normalizer) as well.
         out: where to write the result: a PyTorch tensor or NumPy array, `[B, Sq, H, Dv]` of q's library and dtype, any strides
             with a contiguous last axis, in memory of its own.
@@ -160,29 +166,57 @@ def attention(
             sinks, arrays on other devices, `out` that overlaps an input or is read-only.
         TypeError: for dtypes that are not supported or differ, objects that are no arrays, masks, or normalizers, windows of
             another kind, mixed libraries.
-        NotImplementedError: for tensors that require grad while gradients are enabled, and heads wider than 1024.
+        NotImplementedError: for heads wider than 1024; for gradients of `scale`, `length_scale` and what is no tensor; for higher
+            derivatives that are not implemented; for what `torch.compile` cannot carry.
+        RuntimeError: for `out` together with tensors that require grad while gradients are enabled.
         OverflowError: for sizes that cannot be indexed.
     """
-    return _native.attention(
-        q,
-        k,
-        v,
-        causal=causal,
-        window_size=window_size,
-        mask=_lowered(mask),
-        scale=scale,
-        bias=bias,
-        relative_bias=relative_bias,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        length_scale=length_scale,
-        normalizer=_lowered(normalizer),
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-        return_lse=return_lse,
-        out=out,
-    )
+    mask, normalizer = _lowered(mask), _lowered(normalizer)
+    watched = is_watched()
+    draws_seed = dropout_seed is None and dropout_p and is_tensor(q)
+    # A tensor converts to the number that is expected here, and would lose its gradient.
+    if not watched and not draws_seed and (softcap is None or not is_tensor(softcap)):
+        try:
+            return _native.attention(
+                q,
+                k,
+                v,
+                causal=causal,
+                window_size=window_size,
+                mask=mask,
+                scale=scale,
+                bias=bias,
+                relative_bias=relative_bias,
+                softcap=softcap,
+                alibi_slopes=alibi_slopes,
+                sinks=sinks,
+                length_scale=length_scale,
+                normalizer=normalizer,
+                dropout_p=dropout_p,
+                dropout_seed=dropout_seed,
+                return_lse=return_lse,
+                out=out,
+            )
+        except REFUSALS:
+            if not is_tensor(q):
+                raise
+    options = {
+        "causal": causal,
+        "window_size": window_size,
+        "mask": mask,
+        "scale": scale,
+        "bias": bias,
+        "relative_bias": relative_bias,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+        "length_scale": length_scale,
+        "normalizer": normalizer,
+        "dropout_p": dropout_p,
+        "dropout_seed": dropout_seed,
+    }
+    compute = calls().attention if watched else calls_at_once().attention_as_it_is
+    return compute(q, k, v, options, return_lse=return_lse, out=out)
 
 
 def _lowered(description: Any) -> Any:
@@ -202,7 +236,9 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,  # noqa: FBT001, FBT002 - PyTorch's signature
 ) -> ArrayT:
-    """`torch.nn.functional.scaled_dot_product_attention`, also for NumPy and DLPack arrays. Forward only.
+    """`torch.nn.functional.scaled_dot_product_attention`, also for NumPy and DLPack arrays.
+
+    PyTorch differentiates it, and `torch.compile` sees `subquad::attention`: see `subquad.attention`.
 
     Args:
         query: `[..., H, L, E]`; float32, float64, float16 or bfloat16.
@@ -223,10 +259,18 @@ def scaled_dot_product_attention(
     Raises:
         ValueError: for shapes that do not fit, a mask together with `is_causal`, arrays on other devices.
         TypeError: for dtypes that are not supported or differ, objects that are no arrays, mixed libraries.
-        NotImplementedError: for dropout, and for tensors that require grad while gradients are enabled.
+        NotImplementedError: for dropout, and the derivatives that `subquad.attention` has not.
         OverflowError: for sizes that cannot be indexed.
     """
-    out: ArrayT = _native.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-    )
+    arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    out: ArrayT
+    if not is_watched():
+        try:
+            out = _native.scaled_dot_product_attention(*arguments)
+        except REFUSALS:
+            if not is_tensor(query):
+                raise
+        else:
+            return out
+    out = calls().scaled_dot_product_attention(*arguments)
     return out

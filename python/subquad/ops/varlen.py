@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import _native
+from .pytorch import REFUSALS, calls, is_tensor, is_watched
 
 
 def attention_varlen(
@@ -35,7 +36,7 @@ def attention_varlen(
 
     Sequence `b` has the queries `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1] - 1` and the keys `cu_seqlens_k[b]` to
     `cu_seqlens_k[b + 1] - 1`. Its last query is at its last key: `causal`, windows and ALiBi count from there (bottom-right
-    alignment). Forward only: tensors that require grad are refused while gradients are enabled.
+    alignment).
 
     Args:
         q: queries, `[total_q, H, D]`; float32, float64, float16 or bfloat16.
@@ -72,30 +73,51 @@ def attention_varlen(
             together with `return_attn_probs`.
         TypeError: for dtypes that are not supported or differ, objects that are no arrays, windows of another kind, mixed
             libraries.
-        NotImplementedError: for dropout, tensors that require grad while gradients are enabled, and heads wider than 1024.
+        NotImplementedError: for dropout, heads wider than 1024, gradients of what lies in pages, and the derivatives that
+            `subquad.attention` has not.
     """
     refuse_dropout(dropout_p)
     if return_lse and return_attn_probs:
         raise ValueError(
             "return_lse: expected False together with return_attn_probs, which returns it, got True"
         )
-    result = _native.attention_varlen(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        block_table=block_table,
-        sinks=sinks,
-        return_lse=return_lse or return_attn_probs,
-    )
+    with_lse = return_lse or return_attn_probs
+    # A tensor converts to the number that is expected here, and would lose its gradient.
+    if not is_watched() and not is_tensor(softcap) and not is_tensor(softmax_scale):
+        try:
+            result = _native.attention_varlen(
+                q,
+                k,
+                v,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                max_seqlen_q=max_seqlen_q,
+                max_seqlen_k=max_seqlen_k,
+                softmax_scale=softmax_scale,
+                causal=causal,
+                window_size=window_size,
+                softcap=softcap,
+                alibi_slopes=alibi_slopes,
+                block_table=block_table,
+                sinks=sinks,
+                return_lse=with_lse,
+            )
+            return (*result, None) if return_attn_probs else result
+        except REFUSALS:
+            if not is_tensor(q):
+                raise
+    options = {
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "window_size": window_size,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "block_table": block_table,
+        "sinks": sinks,
+    }
+    result = calls().attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, options, return_lse=with_lse)
     return (*result, None) if return_attn_probs else result
 
 

@@ -208,16 +208,17 @@ def override_sdpa() -> Iterator[Override]:
     For models that call the function themselves (timm, diffusers); those of transformers are the business of
     `subquad.hf.patch`.
 
-        with torch.no_grad(), subquad.torch.override_sdpa() as override:
+        with subquad.torch.override_sdpa() as override:
             model(x)
         print(override.report())
 
     What subquad does not compute goes on to PyTorch's function with the same arguments, and is counted by
-    reason: tensors that require grad while gradients are enabled, or are on another device, sparse, nested,
-    fake, of a subclass, or a negated view; dropout; dtypes other than float32, float64, float16 and bfloat16;
-    heads wider than 1024; `torch.compile`, `torch.jit.trace`, `torch.func` transforms, forward-mode
-    differentiation, torch function modes and dispatch modes. Under autocast, inputs are cast as PyTorch casts
-    them. What `torch.nn.attention.sdpa_kernel` chooses concerns PyTorch's function only.
+    reason: tensors that are on another device, sparse, nested, fake, of a subclass, or a negated view;
+    dropout; dtypes other than float32, float64, float16 and bfloat16; heads wider than 1024; `torch.compile`,
+    `torch.jit.trace`, `torch.func` transforms, forward-mode differentiation, torch function modes and dispatch
+    modes. Under autocast, inputs are cast as PyTorch casts them. What `torch.nn.attention.sdpa_kernel` chooses
+    concerns PyTorch's function only. What subquad computes can be differentiated once, in reverse mode: second
+    derivatives raise `NotImplementedError`.
 
     What is replaced is the attribute of `torch.nn.functional`, for all threads. Not reached are modules that
     hold the function itself, by `from torch.nn.functional import scaled_dot_product_attention` before the

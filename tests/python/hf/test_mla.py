@@ -328,9 +328,10 @@ def test_gradients(model, make_batch):
     expected = gradients()
     with subquad.hf.patch(model) as handle:
         actual = gradients()
-        assert handle.report().computed == 0
+        assert handle.report().computed == 2
     assert len(actual) == len(expected)
-    assert all(map(torch.equal, actual, expected))
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
 
 
 @pytest.mark.parametrize("trained", ["q_b_proj", "kv_b_proj"])
@@ -341,7 +342,7 @@ def test_gradients_of_one_side(trained, model, past, assert_same):
     expected = past()
     with subquad.hf.patch(model) as handle:
         actual = past()
-        assert [(one.reason[:9], one.calls) for one in handle.report().delegated] == [("gradients", 1)]
+        assert handle.report().delegated == ()
     weight = getattr(_layers(model)[1], trained).weight
     actual, expected = (torch.autograd.grad(logits.sum(), weight)[0] for logits in (actual, expected))
     assert_same(actual, expected)

@@ -150,23 +150,6 @@ def test_what_is_almost_refused_is_accepted(options):
     assert subquad.attention(Q, K, V, **options).shape == (2, 3, 4, 6)
 
 
-@pytest.mark.parametrize("name", ["scale", "alibi_slopes", "relative_bias", "sinks", "length_scale", "bias"])
-def test_gradients_are_refused(name):
-    shapes = {
-        "scale": (3,),
-        "alibi_slopes": (4,),
-        "relative_bias": (4, 7),
-        "sinks": (4,),
-        "length_scale": (6,),
-    }
-    array = torch.zeros(shapes.get(name, (5,)), requires_grad=True)
-    tensors = [torch.from_numpy(x) for x in (Q, K, V)]
-    with pytest.raises(NotImplementedError, match=f"{name}: .*grad"):
-        subquad.attention(*tensors, **{name: array})
-    with torch.no_grad():
-        subquad.attention(*tensors, **{name: array})
-
-
 @pytest.mark.parametrize("name", ["scale", "alibi_slopes", "relative_bias", "sinks", "length_scale"])
 def test_outputs_in_the_memory_of_an_option(name):
     out = np.zeros((2, 3, 4, 6), np.float32)

@@ -122,3 +122,25 @@ def test_refused(options, message):
     out, lse = subquad.attention(q, k, v, return_lse=True)
     with pytest.raises(ValueError, match=message):
         subquad.attention_backward(do, q, k, v, out, lse, **options)
+
+
+def test_seeds_come_from_the_generator_of_pytorch():
+    q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
+
+    def drawn(seed):
+        torch.manual_seed(seed)
+        leaf = q.clone().requires_grad_()
+        first = subquad.attention(q, k, v, dropout_p=0.5)
+        return first, *torch.autograd.grad(subquad.attention(leaf, k, v, dropout_p=0.5).sum(), leaf)
+
+    one, same, other = drawn(1), drawn(1), drawn(2)
+    assert all(map(torch.equal, one, same))
+    assert not torch.equal(one[0], other[0])
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        seed = int(torch.randint(2**63 - 1, ()))
+    assert torch.equal(one[0], subquad.attention(q, k, v, dropout_p=0.5, dropout_seed=seed))
+    state = torch.get_rng_state()
+    subquad.attention(q, k, v, dropout_p=0.5, dropout_seed=3)
+    subquad.attention(q, k, v)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -332,15 +332,6 @@ def test_refused(case):
         subquad.attention_varlen(**base() | changes)
 
 
-def test_gradients_are_refused():
-    arguments = {name: torch.from_numpy(x) for name, x in valid().items()}
-    arguments["k"].requires_grad_()
-    with pytest.raises(NotImplementedError, match=r"\bk: .*grad"):
-        subquad.attention_varlen(**arguments)
-    with torch.no_grad():
-        subquad.attention_varlen(**arguments)
-
-
 @pytest.mark.parametrize("base", [valid, on_pages])
 def test_what_the_tables_start_from_is_accepted(base):
     assert subquad.attention_varlen(**base()).shape == (5, 4, 8)

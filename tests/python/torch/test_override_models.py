@@ -122,17 +122,16 @@ def test_the_fused_path_is_not_reached():
     assert override.report().computed == 0
 
 
-def test_training_is_torchs():
+def test_training():
     torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, img_size=32, depth=2)
-    images = torch.randn(2, 3, 32, 32)
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, img_size=32, depth=2).double()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     model(images).sum().backward()
     expected = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
     with override_sdpa() as override:
         model(images).sum().backward()
-    assert all(
-        torch.equal(p.grad, gradient) for p, gradient in zip(model.parameters(), expected, strict=True)
-    )
-    assert override.report().computed == 0
-    assert list(override.report().delegated.values()) == [2]
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert override.report().computed == 2
+    assert override.report().delegated == {}

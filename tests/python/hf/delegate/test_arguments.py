@@ -251,6 +251,8 @@ def test_dropout_argument(decoder):
 def test_gradients_of_a_bias(decoder):
     model = decoder("llama")
     bias = _BIAS.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(call(model, position_bias=bias)[0].square().sum(), bias)
     with subquad.hf.patch(model) as handle:
-        assert call(model, position_bias=bias)[0].requires_grad
-        assert handle.report().computed == 0
+        (actual,) = torch.autograd.grad(call(model, position_bias=bias)[0].square().sum(), bias)
+        assert handle.report().computed == 1
+    torch.testing.assert_close(actual, expected)

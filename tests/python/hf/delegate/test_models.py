@@ -87,34 +87,6 @@ def test_position_bias(original, make_batch):
     assert (report.computed, report.delegated) == (6, ())
 
 
-def test_gradients(decoder, make_batch):
-    ids = make_batch().ids
-
-    def gradients(model):
-        model(ids, labels=ids).loss.backward()
-        return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-    expected = gradients(decoder("llama").train())
-    model = decoder("llama").train()
-    with subquad.hf.patch(model) as handle:
-        actual = gradients(model)
-        ((reason, original),) = reasons(handle)
-    assert "gradients are enabled" in reason
-    assert original == "sdpa"
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
-
-
-def test_gradients_of_padded_eager_model(decoder, make_batch):
-    model = decoder("llama")
-    model.set_attn_implementation("eager")
-    batch = make_batch(left=4)
-    expected = model(batch.ids, attention_mask=batch.mask).logits
-    with subquad.hf.patch(model) as handle:
-        actual = model(batch.ids, attention_mask=batch.mask).logits
-        assert handle.report().computed == 0
-    assert torch.equal(actual, expected)
-
-
 def test_dropout(decoder, make_batch):
     model = decoder("llama", attention_dropout=0.5).train()
     ids = make_batch().ids
