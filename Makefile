@@ -66,15 +66,15 @@ lint: install-dev ## formatting, clippy, ruff, types, layers
 	cargo clippy --quiet --all-targets -- -D warnings
 	PYO3_PYTHON=$(CURDIR)/$(BIN)/python cargo clippy --quiet --features python -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps
-	$(BIN)/ruff format --check python tests
-	$(BIN)/ruff check python tests
+	$(BIN)/ruff format --check python tests examples
+	$(BIN)/ruff check python tests examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 fmt: install-dev ## format all code
 	cargo fmt
-	$(BIN)/ruff format python tests
-	$(BIN)/ruff check --fix python tests
+	$(BIN)/ruff format python tests examples
+	$(BIN)/ruff check --fix python tests examples
 
 bench: install-dev ## measure against the machine's peak and against torch
 	$(BIN)/python -m subquad bench
