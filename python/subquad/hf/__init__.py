@@ -15,6 +15,16 @@ Importing this package patches nothing.
 
 from subquad.hf.growing_cache import GrowingCache
 from subquad.hf.patching import Patch, patch
-from subquad.hf.report import Delegated, Latent, LeftAlone, Replaced, Report
+from subquad.hf.report import Chunked, Delegated, Latent, LeftAlone, Replaced, Report
 
-__all__ = ["Delegated", "GrowingCache", "Latent", "LeftAlone", "Patch", "Replaced", "Report", "patch"]
+__all__ = [
+    "Chunked",
+    "Delegated",
+    "GrowingCache",
+    "Latent",
+    "LeftAlone",
+    "Patch",
+    "Replaced",
+    "Report",
+    "patch",
+]

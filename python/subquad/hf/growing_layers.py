@@ -179,6 +179,18 @@ class _Span:
         self.used = buffer.narrow(2, self._start, length + added)
         return self.used
 
+    def pass_through(self, states: torch.Tensor, count: int) -> torch.Tensor:
+        """Appends tokens, keeps a copy of the last `count` without a buffer and returns all there were.
+
+        Args:
+            states: `[B, H, added, D]`; `accepts` must hold.
+            count: Tokens to keep, at least 1.
+        """
+        whole = torch.cat([self._stored(), states], dim=2) if self._length() else states
+        self.used = whole[:, :, -count:].clone(memory_format=torch.contiguous_format)
+        self.buffer, self._start = None, 0
+        return whole
+
     def _length(self) -> int:
         used = self._stored()
         return used.shape[2] if used.ndim == 4 else 0
@@ -401,8 +413,10 @@ class GrowingSlidingWindowLayer(_GrowingStates, DynamicSlidingWindowLayer):  # t
     The last `W - 1` tokens of the window `W` are the used part. It moves through the buffer; at its end, it
     is copied to the start of a new one with room for `W / 4` tokens more (at least 16; less in the first
     buffer, which is as `GrowingLayer`'s). A token is thus copied about four times more on average, whatever
-    the window. Updates of more tokens than that concatenate, as the parent's do. While the past is recorded,
-    the buffers grow like `GrowingLayer`'s. An update that fails leaves the layer as it was.
+    the window. Of updates of more tokens than that, as of a prompt, the layer copies what it keeps; the parent's
+    keeps a view, and with it all keys and values of the prompt. Those that come first are returned as they are.
+    While the past is recorded, the buffers grow like `GrowingLayer`'s. An update that fails leaves the layer as
+    it was.
     """
 
     @unchanged_on_error(lambda layer: (layer,))
@@ -424,12 +438,14 @@ class GrowingSlidingWindowLayer(_GrowingStates, DynamicSlidingWindowLayer):  # t
         kept = self.sliding_window - 1
         records = getattr(self, "record_past", False)
         slack = max(_SMALLEST, self.sliding_window // 4)
-        if kept < 1 or (added > slack and not records) or not self._can_append(key_states, value_states):
+        if kept < 1 or not self._can_append(key_states, value_states):
             updated: tuple[torch.Tensor, torch.Tensor] = super().update(
                 key_states, value_states, *args, **kwargs
             )
             return updated
         self.cumulative_length += added
+        if added > slack and not records:
+            return self._keys.pass_through(key_states, kept), self._values.pass_through(value_states, kept)
         room = None if records else slack
         keys, values = self._append(key_states, value_states, room=room)
         if records:

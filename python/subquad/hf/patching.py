@@ -20,7 +20,8 @@ from subquad.hf.growing_cache import GenerateCaches, use_in_generate
 from subquad.hf.interface import asks_for_sdpa, bypassing_modules, extends_masks, find_seam, interface_modules
 from subquad.hf.masks import structured_mask
 from subquad.hf.mla import expand_again, is_latent, read_latents
-from subquad.hf.report import Coverage, Latent, LeftAlone, Replaced, Report, Tally, take_report
+from subquad.hf.report import Chunked, Coverage, Latent, LeftAlone, Replaced, Report, Tally, take_report
+from subquad.hf.row_chunks import RowChunks, use_row_chunks
 
 # Implementations whose meaning of a missing mask is known, and whose masks can be built.
 _KNOWN = ("eager", "sdpa", "flex_attention")
@@ -88,6 +89,7 @@ class Patch:
         held: Sequence[Any],
         bound: Sequence[torch.nn.Module],
         caches: GenerateCaches,
+        chunks: RowChunks | None,
     ) -> None:
         """Records what `patch` has done."""
         # Otherwise a model that only the patch refers to would be gone, and with it the patch.
@@ -96,6 +98,7 @@ class Patch:
         self._tally = tally
         self._bound = tuple(bound)
         self._caches = caches
+        self._chunks = chunks
         # Also restores the configuration, which other models may share, when the model is dropped without
         # `undo`.
         self._finalizer = weakref.finalize(model, _release, tuple(held), tally)
@@ -118,6 +121,8 @@ class Patch:
         """
         with _lock:
             self._caches.undo()
+            if self._chunks is not None:
+                self._chunks.undo()
             self._finalizer()
             for module in self._bound:
                 binding = binding_of(module)
@@ -230,7 +235,7 @@ def _read_latents(modules: Sequence[torch.nn.Module]) -> tuple[Latent, ...]:
     return tuple(Latent(name, count, reason) for (name, reason), count in counts.items())
 
 
-def patch(model: PreTrainedModel) -> Patch:
+def patch(model: PreTrainedModel, *, row_chunks: bool = True) -> Patch:
     """Lets subquad compute the attention of a HuggingFace model.
 
     Works for every model that uses transformers' `AttentionInterface`. Other models are not affected, not
@@ -242,13 +247,18 @@ def patch(model: PreTrainedModel) -> Patch:
     Multi-head latent attention (DeepSeek and others) reads its cache as it is, in calls of few queries, instead
     of expanding it to keys and values for every token.
 
+    RMSNorms and MLPs run long inputs in chunks of some thousand tokens, so that their intermediate tensors stay in
+    the processor's cache and take no memory: a token's result does not depend on other tokens, apart from
+    rounding in PyTorch's kernels. The report lists them.
+
     `generate` gets a `GrowingCache` in place of a `DynamicCache`, where the report does not say otherwise.
 
     A model that is already patched can be patched again: each patch has its own counts, and the model is
     restored when the last one is undone.
 
     Args:
-        model: The model. Its parameters and modules are not changed.
+        model: The model. Its parameters and modules are not replaced.
+        row_chunks: Whether RMSNorms and MLPs run long inputs in chunks.
 
     Returns:
         The patch, with `report()` and `undo()`, and as a context manager.
@@ -283,11 +293,13 @@ def patch(model: PreTrainedModel) -> Patch:
             _release(held, tally)
             raise _no_seam(model, left_alone)
         caches = use_in_generate(model)
+        chunks = use_row_chunks(model) if row_chunks else None
         coverage = Coverage(
             model=type(model).__name__,
             replaced=tuple(Replaced(name, count, original) for (name, original), count in replaced.items()),
             left_alone=left_alone,
             cache=caches.reason,
             latent=_read_latents(list(bound)),
+            chunked=() if chunks is None else tuple(Chunked(*one) for one in chunks.counts.items()),
         )
-        return Patch(model, coverage, tally, held=held, bound=list(bound), caches=caches)
+        return Patch(model, coverage, tally, held=held, bound=list(bound), caches=caches, chunks=chunks)

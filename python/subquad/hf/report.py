@@ -54,6 +54,19 @@ class Latent:
 
 
 @dataclass(frozen=True)
+class Chunked:
+    """Modules that run long inputs in chunks of tokens.
+
+    Attributes:
+        name: Class name.
+        count: How many modules of this class.
+    """
+
+    name: str
+    count: int
+
+
+@dataclass(frozen=True)
 class Coverage:
     """What a patch found in a model.
 
@@ -63,6 +76,7 @@ class Coverage:
         left_alone: Modules that stay as they were, and why.
         cache: Why `generate` keeps the caches it had; `None` where it gets growing ones.
         latent: Modules of multi-head latent attention.
+        chunked: Modules that run long inputs in chunks of tokens.
     """
 
     model: str
@@ -70,6 +84,7 @@ class Coverage:
     left_alone: tuple[LeftAlone, ...]
     cache: str | None
     latent: tuple[Latent, ...]
+    chunked: tuple[Chunked, ...]
 
 
 @dataclass(frozen=True)
@@ -125,6 +140,7 @@ class Report:
         left_alone: Modules that stay as they were, and why.
         cache: Why `generate` keeps the caches it had; `None` where it gets growing ones.
         latent: Modules of multi-head latent attention.
+        chunked: Modules that run long inputs in chunks of tokens.
         computed: Calls that subquad computed.
         on_latents: Those of them that read the cache of multi-head latent attention as it is.
         dense: Those of them that read a mask with one entry for each query and key, by the mask's origin.
@@ -139,6 +155,7 @@ class Report:
     left_alone: tuple[LeftAlone, ...]
     cache: str | None
     latent: tuple[Latent, ...]
+    chunked: tuple[Chunked, ...]
     computed: int
     on_latents: int
     dense: Mapping[str, int]
@@ -159,6 +176,9 @@ class Report:
                 else f"expanded at every call: {one.reason}"
             )
             lines.append(f"  latent caches: {one.name}{_times(one.count)}: {use}")
+        if self.chunked:
+            names = ", ".join(f"{one.name}{_times(one.count)}" for one in self.chunked)
+            lines.append(f"  long inputs in chunks: {names}")
         lines.append(f"  computed by subquad: {_calls(self.computed)}")
         if self.on_latents:
             lines.append(f"    on latent caches: {_calls(self.on_latents)}")
@@ -180,6 +200,7 @@ def take_report(coverage: Coverage, tally: Tally, *, active: bool) -> Report:
         left_alone=coverage.left_alone,
         cache=coverage.cache,
         latent=coverage.latent,
+        chunked=coverage.chunked,
         computed=tally.computed,
         on_latents=tally.on_latents,
         dense=dict(tally.dense.most_common()),

@@ -324,6 +324,7 @@ def test_report(decoder, make_batch):
         "Gemma3ForCausalLM: patched by subquad\n"
         "  replaced: Gemma3Attention x2 (was sdpa)\n"
         "  generate: growing caches\n"
+        "  long inputs in chunks: Gemma3RMSNorm x13, Gemma3MLP x2\n"
         "  computed by subquad: 2 calls"
     )
 
