@@ -1,8 +1,8 @@
 """The functions of FlashAttention 2 by their names, with their arguments, on CPUs, for PyTorch, NumPy and other arrays.
 
 `from subquad.flash_attn import flash_attn_func` in the place of `from flash_attn import flash_attn_func`. All dtypes and head
-widths of `subquad.attention` are accepted, pages of any size too. `dropout_p` must be 0, caches have no gradients,
-`deterministic` has no effect (results always are), and `return_attn_probs` returns the output, the log-sum-exp and
+widths of `subquad.attention` are accepted, pages of any size too. `dropout_p` of packed sequences must be 0, caches have no
+gradients, `deterministic` has no effect (results always are), and `return_attn_probs` returns the output, the log-sum-exp and
 `None`: FlashAttention has probabilities only for tests of its dropout. Packed arguments are taken apart by indexing and never
 copied.
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from .ops.exact import attention
 from .ops.kvcache import attention_with_kvcache
-from .ops.varlen import attention_varlen, refuse_dropout
+from .ops.varlen import attention_varlen
 
 __all__ = [
     "flash_attn_func",
@@ -68,7 +68,7 @@ def flash_attn_func(
         q: `[B, Sq, H, D]`.
         k: `[B, Sk, Hkv, D]`, `Hkv` a divisor of `H`.
         v: `[B, Sk, Hkv, Dv]`.
-        dropout_p: must be 0.
+        dropout_p: probability of each weight to be dropped, as `subquad.attention` does; its seed comes from PyTorch's generator.
         softmax_scale: factor of the scores. Default: `D ** -0.5`.
         causal: whether query `i` sees only keys `j <= i + Sk - Sq`.
         window_size: `(left, right)`: keys that are seen before and after the query's own; -1 (any negative number, `None`) is
@@ -82,17 +82,17 @@ def flash_attn_func(
         `[B, Sq, H, Dv]`, or the triple.
 
     Raises:
-        NotImplementedError: for dropout, and the derivatives that `subquad.attention` has not.
+        NotImplementedError: for the derivatives that `subquad.attention` has not.
         ValueError: see `subquad.attention`.
         TypeError: see `subquad.attention`.
     """
-    refuse_dropout(dropout_p)
     options: dict[str, Any] = {
         "causal": causal,
         "window_size": _window(window_size),
         "scale": softmax_scale,
         "softcap": softcap or None,
         "alibi_slopes": alibi_slopes,
+        "dropout_p": dropout_p,
     }
     if not return_attn_probs:
         return attention(q, k, v, **options)

@@ -63,8 +63,9 @@ def _refused_argument(call: Call, *, wants_weights: bool) -> str | None:
         if value is None or name in _HARMLESS or name in _READ:
             continue
         return name if name in _NOT_IMPLEMENTED else f"{name} (unknown keyword argument)"
-    if kwargs.get("dropout"):
-        return "dropout"
+    dropout = kwargs.get("dropout")
+    if dropout and not (type(dropout) in _SCALINGS and 0 < dropout < 1):
+        return "dropout that is no number from 0 to below 1"
     scaling = kwargs.get("scaling")
     # Some models compute it on tensors of one element.
     is_element = isinstance(scaling, torch.Tensor) and scaling.numel() == 1 and not scaling.requires_grad
@@ -137,6 +138,9 @@ def _refused_meaning(original: Original, call: Call) -> str | None:
         return next((name for name in given if name in _IGNORED_BY_SDPA), None)
     if original.seam.is_ordinary and not given:
         return None
+    if call.kwargs.get("dropout"):
+        # A trial would not tell what it drops.
+        return "dropout in an eager attention of its own"
     heads = (call.query.shape[1], call.key.shape[1], call.query.shape[3], call.value.shape[3])
     if original.seam.eager is None or not computes_attention(
         call.module, original.seam.eager, heads, call.kwargs
@@ -210,7 +214,14 @@ def _express(binding: Binding, call: Call) -> CallMask | str:
     return _refused_mask(mask) or _with_tensor(mask, call)
 
 
-def _compute(call: Call, mask: CallMask, latents: Latents | None) -> torch.Tensor:
+def _dropout(original: Original, call: Call) -> float:
+    """Returns the probability; eager functions leave dropout to modules that are being trained."""
+    if original.name == "eager" and not call.module.training:
+        return 0.0
+    return float(call.kwargs.get("dropout") or 0.0)
+
+
+def _compute(call: Call, mask: CallMask, latents: Latents | None, dropout_p: float) -> torch.Tensor:
     scale = call.kwargs.get("scaling")
     scale = scale if scale is None else float(scale)
     if latents is not None:
@@ -236,6 +247,7 @@ def _compute(call: Call, mask: CallMask, latents: Latents | None) -> torch.Tenso
         bias=_with_position_bias(mask.bias, extras.position_bias, mask.visible, query.dtype),
         softcap=extras.softcap,
         sinks=sinks,
+        dropout_p=dropout_p,
     )
     return output if latents is None else latents.release(output)
 
@@ -303,4 +315,4 @@ def attention_forward(
         tally.on_latents += latents is not None
         if is_dense:
             tally.dense[_origin(call)] += 1
-    return _compute(call, mask, latents), None
+    return _compute(call, mask, latents, _dropout(binding.original, call)), None

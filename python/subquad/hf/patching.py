@@ -240,9 +240,10 @@ def patch(model: PreTrainedModel, *, row_chunks: bool = True) -> Patch:
 
     Works for every model that uses transformers' `AttentionInterface`. Other models are not affected, not
     even of the same class. Calls that subquad does not implement are computed by the implementation the model
-    had; the report says which and how many. Those are calls with dropout, with `indices`, `block_indices`
-    or a paged cache, with `output_attentions`, on other devices than the CPU, and within `torch.compile`; and
-    those of models whose own attention computes something else. Gradients flow through what subquad computes.
+    had; the report says which and how many. Those are calls with `indices`, `block_indices` or a paged cache,
+    with `output_attentions`, on other devices than the CPU, and within `torch.compile`; and those of models
+    whose own attention computes something else. Gradients flow through what subquad computes. Dropout takes its
+    seeds from PyTorch's generator, but drops other weights than PyTorch does.
 
     Multi-head latent attention (DeepSeek and others) reads its cache as it is, in calls of few queries, instead
     of expanding it to keys and values for every token.

@@ -246,7 +246,7 @@ def scaled_dot_product_attention(
         value: `[..., H, S, Ev]`, of query's library and dtype.
         attn_mask: broadcastable to `[..., H, L, S]`: boolean, where True takes part, or what is added to the scaled scores, of
             query's dtype or float32.
-        dropout_p: must be 0.
+        dropout_p: see `subquad.attention`; its seed comes from PyTorch's generator, so that it must be 0 for other arrays.
         is_causal: whether query `i` sees only keys `j <= i`: the first query sees the first key (top-left alignment).
         scale: factor of the scores. Default: `E ** -0.5`.
         enable_gqa: whether key and value may have fewer heads, in number a divisor of query's.
@@ -259,7 +259,7 @@ def scaled_dot_product_attention(
     Raises:
         ValueError: for shapes that do not fit, a mask together with `is_causal`, arrays on other devices.
         TypeError: for dtypes that are not supported or differ, objects that are no arrays, mixed libraries.
-        NotImplementedError: for dropout, and the derivatives that `subquad.attention` has not.
+        NotImplementedError: for dropout in arrays that are no tensors, and the derivatives that `subquad.attention` has not.
         OverflowError: for sizes that cannot be indexed.
     """
     arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)

@@ -141,25 +141,23 @@ def scaled_dot_product_attention(
             )
     arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     way = route((query, key, value, attn_mask))
-    if way is Route.EXTENSION:
+    if way is Route.EXTENSION and dropout_p == 0:
         return _native.scaled_dot_product_attention(*arguments)
-    if dropout_p != 0:
-        raise NotImplementedError(
-            f"dropout_p: dropout with probability {dropout_p} is not supported; pass 0.0, or call "
-            "torch.nn.functional.scaled_dot_product_attention"
-        )
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask: expected None when is_causal=True, got a mask")
     try:
         mapped = as_attention(
             query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
-        out = attention_as_it_is(mapped.q, mapped.k, mapped.v, mapped.options, return_lse=False, out=None)
+        options = mapped.options | {"dropout_p": dropout_p}
+        out = attention_as_it_is(mapped.q, mapped.k, mapped.v, options, return_lse=False, out=None)
     except (RuntimeError, ValueError, TypeError, IndexError):
-        if way is Route.AUTOGRAD:
+        if way is not Route.OPERATOR:
             # What the extension says has the names of PyTorch's signature.
             with torch.no_grad():
-                _native.scaled_dot_product_attention(*arguments)
+                _native.scaled_dot_product_attention(
+                    query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa
+                )
         raise
     # `[B, L, H, Ev]` again as the leading axes and heads.
     return out.transpose(1, 2).reshape(mapped.shape)

@@ -112,8 +112,6 @@ def _autocast(tensor: torch.Tensor) -> torch.Tensor:
 
 def _compute(call: _Call) -> torch.Tensor | str:
     """Returns the result, or why it is PyTorch's to compute."""
-    if call.dropout_p != 0.0:
-        return "dropout"
     query, key, value, mask = call.query, call.key, call.value, call.attn_mask
     reason = why_not_plain((query, key, value) if mask is None else (query, key, value, mask))
     if reason is not None:
@@ -123,7 +121,14 @@ def _compute(call: _Call) -> torch.Tensor | str:
         mask = None if mask is None else _autocast(mask)
     try:
         return scaled_dot_product_attention(
-            query, key, value, mask, is_causal=call.is_causal, scale=call.scale, enable_gqa=call.enable_gqa
+            query,
+            key,
+            value,
+            mask,
+            call.dropout_p,
+            call.is_causal,
+            scale=call.scale,
+            enable_gqa=call.enable_gqa,
         )
     except _REFUSALS as error:
         return f"subquad refuses it: {str(error).splitlines()[0]}"
@@ -214,11 +219,11 @@ def override_sdpa() -> Iterator[Override]:
 
     What subquad does not compute goes on to PyTorch's function with the same arguments, and is counted by
     reason: tensors that are on another device, sparse, nested, fake, of a subclass, or a negated view;
-    dropout; dtypes other than float32, float64, float16 and bfloat16; heads wider than 1024; `torch.compile`,
+    dtypes other than float32, float64, float16 and bfloat16; heads wider than 1024; `torch.compile`,
     `torch.jit.trace`, `torch.func` transforms, forward-mode differentiation, torch function modes and dispatch
     modes. Under autocast, inputs are cast as PyTorch casts them. What `torch.nn.attention.sdpa_kernel` chooses
-    concerns PyTorch's function only. What subquad computes can be differentiated once, in reverse mode: second
-    derivatives raise `NotImplementedError`.
+    concerns PyTorch's function only. What subquad computes can be differentiated. Dropout takes its
+    seed from PyTorch's generator, but drops other weights than PyTorch does.
 
     What is replaced is the attribute of `torch.nn.functional`, for all threads. Not reached are modules that
     hold the function itself, by `from torch.nn.functional import scaled_dot_product_attention` before the

@@ -157,13 +157,27 @@ def test_packed_tensors_are_taken_apart_without_copies(function):
     assert seen == [qkv.untyped_storage().data_ptr()] * 3
 
 
-@pytest.mark.parametrize("name", [name for name in SIGNATURES if name != "flash_attn_with_kvcache"])
-def test_dropout_is_refused(name):
+def test_dropout_follows_the_generator_of_pytorch():
+    qkv = torch.randn(1, 9, 3, 2, 8)
+
+    def drawn(function, *arguments):
+        torch.manual_seed(5)
+        return function(*arguments, dropout_p=0.5)
+
+    q, k, v = qkv.unbind(2)
+    expected = drawn(subquad.attention, q, k, v)
+    assert torch.equal(drawn(flash_attn.flash_attn_func, q, k, v), expected)
+    assert torch.equal(drawn(flash_attn.flash_attn_kvpacked_func, q, qkv[:, :, 1:]), expected)
+    assert torch.equal(drawn(flash_attn.flash_attn_qkvpacked_func, qkv), expected)
+    assert not torch.equal(expected, subquad.attention(q, k, v))
+
+
+@pytest.mark.parametrize("name", [name for name in SIGNATURES if "varlen" in name])
+def test_dropout_of_packed_sequences_is_refused(name):
     arguments = dict.fromkeys(SIGNATURES[name][0])
     for packed, parts in (("kv", 2), ("qkv", 3)):
         if packed in arguments:
-            lead = (4,) if "varlen" in name else (1, 4)
-            arguments[packed] = np.zeros((*lead, parts, 2, 8), np.float32)
+            arguments[packed] = np.zeros((4, parts, 2, 8), np.float32)
     with pytest.raises(NotImplementedError, match=r"dropout_p: probability 0\.5"):
         getattr(flash_attn, name)(**arguments, dropout_p=0.5)
 

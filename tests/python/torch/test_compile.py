@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention.flex_attention import create_block_mask
 
 import subquad
 from subquad import masks
@@ -192,17 +193,15 @@ def test_modes_that_trace():
 
 
 def test_what_a_graph_cannot_carry_is_refused(qkv):
-    blocks = torch.nn.attention.flex_attention.create_block_mask(
-        lambda b, h, q, k: q >= k, None, None, 5, 7, device="cpu"
-    )
+    blocks = create_block_mask(lambda b, h, q, k: q >= k, None, None, 5, 7, device="cpu")
     fake = FakeTensorMode()
     inputs = [fake.from_tensor(x.detach()) for x in qkv]
     with fake, pytest.raises(NotImplementedError, match=r"mask: .* cannot carry BlockMask"):
         subquad.attention(*inputs, mask=blocks)
     with fake, pytest.raises(NotImplementedError, match=r"out: not supported within torch\.compile"):
         subquad.attention(*inputs, out=torch.empty(2, 5, 4, 6))
-    with pytest.raises(torch._dynamo.exc.TorchDynamoException, match="dropout with probability"):
-        compiled(subquad.scaled_dot_product_attention)(*(x.transpose(1, 2) for x in qkv), dropout_p=0.5)
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException, match="dropout_seed: expected an integer"):
+        compiled(subquad.attention)(*(x.detach() for x in qkv), dropout_p=0.5)
 
 
 def test_negative_windows_are_refused_when_they_are_computed(qkv):

@@ -144,13 +144,25 @@ def test_gradients_are_subquads(x):
     assert override.report().delegated == {}
 
 
-def test_dropout_is_torchs(x):
+def test_dropout_follows_the_generator(x):
     with override_sdpa() as override:
-        torch.manual_seed(0)
-        out = F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+        outs = []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            outs.append(F.scaled_dot_product_attention(x, x, x, dropout_p=0.5))
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
     torch.manual_seed(0)
-    assert torch.equal(out, ORIGINAL(x, x, x, dropout_p=0.5))
-    assert override.report().delegated == {"dropout": 1}
+    by_head = x.transpose(-2, -3)
+    expected = subquad.attention(by_head, by_head, by_head, dropout_p=0.5).transpose(-2, -3)
+    torch.testing.assert_close(outs[0], expected)
+    assert (override.report().computed, override.report().delegated) == (3, {})
+
+
+def test_all_dropped_is_torchs(x):
+    with override_sdpa() as override:
+        assert not F.scaled_dot_product_attention(x, x, x, dropout_p=1.0).any()
+    assert [one for one in override.report().delegated if "dropout_p" in one]
 
 
 def test_errors_are_torchs(x):
@@ -346,7 +358,7 @@ def test_what_was_there_before_is_put_back(monkeypatch, x):
             F.scaled_dot_product_attention(x, x, x)
             assert not calls
             # What is delegated goes to what was there.
-            F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+            F.scaled_dot_product_attention(*wide(x)[0])
             assert len(calls) == 1
         assert F.scaled_dot_product_attention is theirs
 
@@ -370,9 +382,8 @@ def test_a_replacement_meanwhile_stays(wraps, x):
     # A new block comes on top, and goes.
     with override_sdpa() as again:
         assert torch.equal(F.scaled_dot_product_attention(x, x, x), ours(x))
-        assert torch.equal(
-            F.scaled_dot_product_attention(x, x, x, dropout_p=1e-30), ORIGINAL(x, x, x, dropout_p=1e-30)
-        )
+        wider = wide(x)[0]
+        assert torch.equal(F.scaled_dot_product_attention(*wider), ORIGINAL(*wider))
     assert F.scaled_dot_product_attention is theirs
     assert again.report().computed == 1
     assert override.report().computed == 1
@@ -442,13 +453,13 @@ def test_the_report_is_a_snapshot_and_reads_well(x):
         F.scaled_dot_product_attention(x, x, x)
         before = override.report()
         for _ in range(2):
-            F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+            F.scaled_dot_product_attention(*negated(x)[0])
         F.scaled_dot_product_attention(*wide(x)[0])
     assert (before.computed, before.delegated) == (1, {})
     lines = str(override.report()).splitlines()
     assert lines[0] == "scaled_dot_product_attention: no longer overridden by subquad"
     assert lines[1] == "  computed by subquad: 1"
-    assert lines[2] == "  delegated to torch: 2: dropout"
+    assert lines[2] == "  delegated to torch: 2: a negated view"
     assert lines[3].startswith("  delegated to torch: 1: subquad refuses it: query: head_dim 1032")
     assert str(before).splitlines()[0] == "scaled_dot_product_attention: overridden by subquad"
 

@@ -103,9 +103,30 @@ def test_errors_have_the_names_of_the_signature(shapes, mask, message):
             subquad.scaled_dot_product_attention(queries, key, value, mask)
 
 
-def test_dropout_and_two_masks_are_refused():
-    x = torch.zeros(2, 3, 5, 8, requires_grad=True)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_dropout_follows_the_generator(requires_grad):
+    tensors = [draw(2, 3, 5, 8, seed=seed).requires_grad_(requires_grad) for seed in range(3)]
+
+    def gradients(function, order):
+        torch.manual_seed(1)
+        inputs = [x.transpose(1, 2) for x in tensors] if order else tensors
+        out = function(*inputs, dropout_p=0.5)
+        out = out.transpose(1, 2) if order else out
+        return (out, *torch.autograd.grad(out.sin().sum(), tensors)) if requires_grad else (out,)
+
+    found = gradients(subquad.scaled_dot_product_attention, order=False)
+    torch.testing.assert_close(found, gradients(subquad.attention, order=True))
+
+
+def test_wrong_probabilities_and_arrays_without_a_generator_are_refused():
+    x = torch.zeros(2, 3, 5, 8)
+    with pytest.raises(ValueError, match="dropout_p: expected a number from 0 to below 1, got 1"):
+        subquad.scaled_dot_product_attention(x, x, x, dropout_p=1.0)
     with pytest.raises(NotImplementedError, match="dropout_p: dropout with probability"):
-        subquad.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+        subquad.scaled_dot_product_attention(*[x.numpy()] * 3, dropout_p=0.5)
+
+
+def test_two_masks_are_refused():
+    x = torch.zeros(2, 3, 5, 8, requires_grad=True)
     with pytest.raises(ValueError, match="attn_mask: expected None when is_causal=True"):
         subquad.scaled_dot_product_attention(x, x, x, torch.zeros(5, 5), is_causal=True)

@@ -237,15 +237,30 @@ def test_softcap_with_sdpa(decoder, assert_same):
             assert reasons(handle) == {("softcap that is no positive number", "sdpa"): 1}
 
 
-def test_dropout_argument(decoder):
+@pytest.mark.parametrize("original", ["sdpa", "eager"])
+def test_dropout(original, decoder):
     model = decoder("llama").train()
-    with torch.no_grad():
-        torch.manual_seed(3)
-        expected = call(model, dropout=0.5)[0]
-        with subquad.hf.patch(model) as handle:
-            torch.manual_seed(3)
-            assert torch.equal(call(model, dropout=0.5)[0], expected)
-            assert reasons(handle) == {("dropout", "sdpa"): 1}
+    model.set_attn_implementation(original)
+    with torch.no_grad(), subquad.hf.patch(model) as handle:
+        outs = []
+        for seed in (3, 3, 4):
+            torch.manual_seed(seed)
+            outs.append(call(model, dropout=0.5)[0])
+        assert torch.equal(outs[0], outs[1])
+        assert not torch.equal(outs[0], outs[2])
+        whole = call(model)[0]
+        torch.testing.assert_close(call(model, dropout=1e-9)[0], whole)
+        # Eager functions drop while they are trained, SDPA always.
+        model.eval()
+        assert torch.equal(call(model, dropout=0.5)[0], whole) == (original == "eager")
+        assert reasons(handle) == {}
+
+
+def test_dropout_of_everything_is_delegated(decoder):
+    model = decoder("llama")
+    with torch.no_grad(), subquad.hf.patch(model) as handle:
+        assert not call(model, dropout=1.0)[0].any()
+        assert reasons(handle) == {("dropout that is no number from 0 to below 1", "sdpa"): 1}
 
 
 def test_gradients_of_a_bias(decoder):

@@ -87,18 +87,6 @@ def test_position_bias(original, make_batch):
     assert (report.computed, report.delegated) == (6, ())
 
 
-def test_dropout(decoder, make_batch):
-    model = decoder("llama", attention_dropout=0.5).train()
-    ids = make_batch().ids
-    with torch.no_grad():
-        torch.manual_seed(3)
-        expected = model(ids).logits
-        with subquad.hf.patch(model) as handle:
-            torch.manual_seed(3)
-            assert torch.equal(model(ids).logits, expected)
-            assert reasons(handle) == {("dropout", "sdpa"): 2}
-
-
 @pytest.mark.parametrize("by", ["argument", "configuration"])
 def test_weights(by, decoder, make_batch):
     model = decoder("llama")
