@@ -55,7 +55,8 @@ def route(arguments: Iterable[Any]) -> Route:
         if type(one) in _PLAIN:
             requires_grad = requires_grad or one.requires_grad
         elif one is not None and isinstance(one, torch.Tensor):
-            return Route.OPERATOR
+            # The extension says that it reads no nested tensors.
+            return Route.EXTENSION if one.is_nested else Route.OPERATOR
     if (requires_grad and torch.is_grad_enabled()) or _has_tangent(arguments):
         return Route.AUTOGRAD
     return Route.EXTENSION

@@ -89,6 +89,14 @@ def torch_attention(q=None, k=None, v=None, **options):
     return attention(q, k, v, **options)
 
 
+def extension(q=None, k=None, v=None, **options):
+    """The same without what stands in for the extension where PyTorch has to know of a call."""
+    q = tensor(1, 3, 4, 8) if q is None else q
+    k = tensor(1, 5, 2, 8) if k is None else k
+    v = tensor(1, 5, 2, 6) if v is None else v
+    return lambda: subquad._native.attention(q, k, v, **options)
+
+
 def sdpa(query=None, key=None, value=None, mask=None, **options):
     """Calls the other function: query `[2, 4, 3, 8]`, key `[2, 4, 5, 8]`, value `[2, 4, 5, 6]`."""
     query = zeros(2, 4, 3, 8) if query is None else query
@@ -245,11 +253,11 @@ ERRORS = [
     ("Kind", later(torch_attention, lambda: quantized(1, 3, 4, 8)), "q", "dense CPU array", "Tensor"),
     ("Kind", later(sdpa, lambda: nested(torch.strided)), "query", "dense CPU array", "Tensor"),
     ("Kind", later(sdpa, lambda: nested(torch.jagged)), "query", "dense CPU array", "NestedTensor"),
-    ("Kind", later(torch_attention, lambda: fake(1, 3, 4, 8)), "q", "an array with data", "a null pointer"),
+    ("Kind", later(extension, lambda: fake(1, 3, 4, 8)), "q", "an array with data", "a null pointer"),
     ("Kind", lambda: jax.jit(subquad.attention)(Q, K, K), "q", "dense CPU array", "Tracer"),
     (
         "Kind",
-        lambda: torch.vmap(subquad.attention)(*[tensor(2, 1, 3, 4, 8)] * 3),
+        lambda: torch.vmap(subquad._native.attention)(*[tensor(2, 1, 3, 4, 8)] * 3),
         "q",
         "dense CPU array",
         "Tensor",
@@ -330,33 +338,39 @@ ERRORS = [
     ("Unsupported", sdpa(dropout_p=0.1), "dropout_p", "probability 0.1", r"torch\.nn\.functional\."),
     (
         "Unsupported",
-        torch_attention(q=tensor(1, 3, 4, 8, requires_grad=True)),
+        extension(q=tensor(1, 3, 4, 8, requires_grad=True)),
         "q",
         "requires grad",
         "no_grad",
     ),
     (
         "Unsupported",
-        torch_attention(v=tensor(1, 5, 2, 6, requires_grad=True)),
+        extension(v=tensor(1, 5, 2, 6, requires_grad=True)),
         "v",
         "requires grad",
         "no_grad",
     ),
     (
         "Unsupported",
-        torch_attention(bias=tensor(3, 5, requires_grad=True)),
+        extension(bias=tensor(3, 5, requires_grad=True)),
         "bias",
         "requires grad",
         "no_grad",
     ),
     (
         "Unsupported",
-        torch_attention(out=tensor(1, 3, 4, 6, requires_grad=True)),
+        extension(out=tensor(1, 3, 4, 6, requires_grad=True)),
         "out",
         "requires grad",
         "no_grad",
     ),
-    ("Unsupported", sdpa(*[tensor(2, 4, 3, 8, requires_grad=True)] * 3), "query", "requires grad", "detach"),
+    (
+        "Unsupported",
+        lambda: subquad._native.scaled_dot_product_attention(*[tensor(2, 4, 3, 8, requires_grad=True)] * 3),
+        "query",
+        "requires grad",
+        "detach",
+    ),
     # Sizes.
     (
         "Overflow",
