@@ -151,7 +151,7 @@ def scaled_dot_product_attention(
         )
         options = mapped.options | {"dropout_p": dropout_p}
         out = attention_as_it_is(mapped.q, mapped.k, mapped.v, options, return_lse=False, out=None)
-    except (RuntimeError, ValueError, TypeError, IndexError):
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
         if way is not Route.OPERATOR:
             # What the extension says has the names of PyTorch's signature.
             with torch.no_grad():
