@@ -8,6 +8,14 @@ use std::cell::RefCell;
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
+/// Cuts `len` elements off.
+#[expect(clippy::mut_mut, reason = "what is left of the scratch")]
+pub fn carve<'s, T>(rest: &mut &'s mut [T], len: usize) -> &'s mut [T] {
+    let (cut, left) = std::mem::take(rest).split_at_mut(len);
+    *rest = left;
+    cut
+}
+
 thread_local! {
     static ARENAS: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
 }

@@ -85,6 +85,8 @@ pub enum Layout {
     Rows,
     /// Any stride that is not negative.
     Any,
+    /// All axes must be contiguous: copy otherwise.
+    Contiguous,
     /// The last axis must be contiguous, and copying is of no use.
     InPlace,
 }
@@ -124,6 +126,9 @@ impl<'py> Array<'py> {
     }
 
     fn fits(&self, layout: Layout) -> bool {
+        if layout == Layout::Contiguous {
+            return self.is_contiguous();
+        }
         let shape = &self.memory.shape;
         let any = layout == Layout::Any || shape.contains(&0) || shape.last().is_none_or(|&n| n <= 1);
         any || self.memory.strides.last() == Some(&1)

@@ -14,6 +14,7 @@ mod masks;
 mod merge;
 mod options;
 mod probes;
+mod recurrent;
 mod result;
 mod runtime;
 mod sdpa;
@@ -35,6 +36,7 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(varlen::attention_varlen_backward, module)?)?;
     module.add_function(wrap_pyfunction!(kvcache::attention_with_kvcache, module)?)?;
     module.add_function(wrap_pyfunction!(merge::merge_attention, module)?)?;
+    module.add_function(wrap_pyfunction!(recurrent::recurrent, module)?)?;
     module.add_function(wrap_pyfunction!(sdpa::scaled_dot_product_attention, module)?)?;
     module.add_function(wrap_pyfunction!(runtime::set_num_threads, module)?)?;
     module.add_function(wrap_pyfunction!(runtime::get_num_threads, module)?)?;

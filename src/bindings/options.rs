@@ -77,7 +77,15 @@ enum Align {
 }
 
 /// The elements of an array of floating-point numbers, in order, and its shape.
-fn numbers(arg: &'static str, object: &Bound<'_, PyAny>, like: &Array<'_>, dtypes: &[DType]) -> PyResult<(Vec<f64>, Vec<usize>)> {
+///
+/// # Errors
+/// [`Error::Kind`] or [`Error::DType`], or those of the import.
+pub fn numbers(
+    arg: &'static str,
+    object: &Bound<'_, PyAny>,
+    like: &Array<'_>,
+    dtypes: &[DType],
+) -> PyResult<(Vec<f64>, Vec<usize>)> {
     fn copy<T: Element>(array: &Array<'_>) -> Result<Vec<f64>, Error> {
         let data = array.memory.slice::<T>(array.arg)?;
         let (shape, strides) = (&array.memory.shape, &array.memory.strides);

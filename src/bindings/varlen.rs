@@ -50,7 +50,10 @@ fn as_one_sequence<'a>(array: &'a Array<'_>, names: &str) -> Result<View<'a>, Er
 }
 
 /// Where each sequence starts, and the end: checked against the number of tokens, if that is known.
-fn starts(arg: &'static str, object: &Bound<'_, PyAny>, like: &Array<'_>, tokens: Option<usize>) -> PyResult<Vec<usize>> {
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::DType`] or [`Error::Value`] naming `arg`.
+pub fn starts(arg: &'static str, object: &Bound<'_, PyAny>, like: &Array<'_>, tokens: Option<usize>) -> PyResult<Vec<usize>> {
     like.check_kind(&Array::import(arg, object, Layout::Any)?)?;
     let (shape, starts) = integers::read_signed(arg, object, &[None], "of rank 1, (sequences + 1,)")?;
     let wrong = |expected: String, got: String| PyErr::from(Error::Value { arg, expected, got });

@@ -12,5 +12,6 @@ pub mod dropout;
 pub mod exact;
 pub mod mask;
 pub mod mask_rules;
+pub mod recurrent;
 pub mod rotary;
 pub mod score_mod;

@@ -46,15 +46,17 @@ pub fn load_rows<T: SimdElement, I: Isa>([first, second]: [&[T]; 2]) -> T::V<I> 
 pub fn store_scaled<T: SimdElement, I: Isa>(sums: &[T::Acc], factor: T::Acc, out: &mut [T]) {
     let lanes = T::V::<I>::LANES;
     let factor = T::V::<I>::splat(factor);
-    for (chunk, sums) in out.chunks_mut(lanes).zip(sums.chunks_exact(lanes)) {
-        let values = T::V::<I>::load(sums).mul(factor);
-        if chunk.len() == lanes {
-            T::store::<I>(values, chunk);
-        } else {
-            let mut buffer = [T::zeroed(); MAX_LANES];
-            T::store::<I>(values, &mut buffer);
-            chunk.copy_from_slice(&buffer[..chunk.len()]);
-        }
+    let whole = out.len() & !(lanes - 1);
+    let mut d = 0;
+    while d < whole {
+        T::store::<I>(T::V::<I>::load(&sums[d..]).mul(factor), &mut out[d..]);
+        d += lanes;
+    }
+    if whole < out.len() {
+        let mut buffer = [T::zeroed(); MAX_LANES];
+        T::store::<I>(T::V::<I>::load(&sums[whole..]).mul(factor), &mut buffer);
+        let rest = out.len() - whole;
+        out[whole..].copy_from_slice(&buffer[..rest]);
     }
 }
 

@@ -1,6 +1,7 @@
 //! Primitives, generic over the instruction set. No threads, no intrinsics.
 
 pub mod dot;
+pub mod elementwise;
 pub mod exp;
 pub mod gradient_pass;
 pub mod load;
@@ -11,4 +12,5 @@ pub mod row_tile;
 pub mod score_pass;
 pub mod tanh;
 pub mod tile;
+pub mod triangular;
 pub mod weigh;

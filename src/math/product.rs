@@ -23,80 +23,118 @@ pub struct Factors<'a, E> {
     pub step: usize,
 }
 
-/// `sums[i][n] += sum over k < depth of factors[i][k] * matrix[k][n]`, in order of `k`, for `rows` rows, a multiple of [`ROW_STEP`].
-///
-/// `width` is the length of the rows of `matrix` and of `sums`; see [`row_width`]. Where the matrix is not `finite`, factors of 0 hide
-/// its rows: 0 times NaN counts as 0.
-#[inline(always)]
-pub fn add_product<T: SimdElement, I: Isa>(
-    factors: Factors<'_, T::Acc>,
-    (matrix, finite): (&[T::Acc], bool),
-    sums: &mut [T::Acc],
-    [rows, depth, width]: [usize; 3],
-) {
-    let lanes = T::V::<I>::LANES;
-    if !finite {
-        return add_seen::<T, I>(factors, matrix, sums, [rows, depth, width]);
-    }
-    for i in (0..rows).step_by(ROW_STEP) {
-        let factors = Factors { data: &factors.data[i * factors.row..], ..factors };
-        let mut n = 0;
-        while n < width {
-            let sums = &mut sums[i * width + n..];
-            let matrix = &matrix[n..];
-            n += if I::REGISTERS >= 32 && n + 4 * lanes <= width {
-                columns::<T, I, 4>(factors, matrix, sums, depth, width)
-            } else if n + 2 * lanes <= width {
-                columns::<T, I, 2>(factors, matrix, sums, depth, width)
-            } else {
-                columns::<T, I, 1>(factors, matrix, sums, depth, width)
-            };
-        }
+/// A matrix whose rows are read as vectors.
+#[derive(Clone, Copy)]
+pub struct Rows<'a, E> {
+    /// From the first element on.
+    pub data: &'a [E],
+    /// Elements from one row to the next.
+    pub stride: usize,
+    /// Whether no element is infinite or NaN. Else factors of 0 hide rows: 0 times NaN counts as 0.
+    pub finite: bool,
+}
+
+impl<'a, E> Rows<'a, E> {
+    /// Rows of which NaN is not hidden.
+    pub fn new(data: &'a [E], stride: usize) -> Self {
+        Self { data, stride, finite: true }
     }
 }
 
-/// Handles `N` vectors of [`ROW_STEP`] rows; returns how many elements of each.
+/// `sums[i][n] += sum over k < depth of factors[i][k] * matrix[k][n]`, in order of `k`, for `rows` rows, a multiple of [`ROW_STEP`].
+///
+/// Rows of `sums` are `stride` apart; `width` elements of each are computed, see [`row_width`].
 #[inline(always)]
-fn columns<T: SimdElement, I: Isa, const N: usize>(
+pub fn add_product<T: SimdElement, I: Isa>(
     factors: Factors<'_, T::Acc>,
-    matrix: &[T::Acc],
-    sums: &mut [T::Acc],
+    matrix: Rows<'_, T::Acc>,
+    (sums, stride): (&mut [T::Acc], usize),
+    [rows, depth, width]: [usize; 3],
+) {
+    if matrix.finite {
+        scale_and_add::<T, I>(None, factors, matrix, (sums, stride), [rows, depth, width]);
+    } else {
+        add_seen::<T, I>(factors, matrix, (sums, stride), [rows, depth, width]);
+    }
+}
+
+/// As [`add_product`], to `scale[i] * sums[i]`, as if all were finite.
+#[inline(always)]
+pub fn scale_and_add<T: SimdElement, I: Isa>(
+    scale: Option<&[T::Acc]>,
+    factors: Factors<'_, T::Acc>,
+    matrix: Rows<'_, T::Acc>,
+    (sums, stride): (&mut [T::Acc], usize),
+    [rows, depth, width]: [usize; 3],
+) {
+    let lanes = T::V::<I>::LANES;
+    let mut n = 0;
+    while n < width {
+        // Two vectors of all rows of the matrix stay in L1 while the rows of the factors take turns.
+        let columns = Rows { data: matrix.data.get(n..).unwrap_or_default(), ..matrix };
+        let two = n + 2 * lanes <= width;
+        let mut i = 0;
+        while i < rows {
+            let factors = Factors { data: &factors.data[i * factors.row..], ..factors };
+            let scale = scale.map(|scale| &scale[i..]);
+            let sums = (&mut sums[i * stride + n..], stride);
+            i += match (I::REGISTERS >= 32 && i + 2 * ROW_STEP <= rows, two) {
+                (true, true) => block::<T, I, { 2 * ROW_STEP }, 2>(scale, factors, columns, sums, depth),
+                (true, false) => block::<T, I, { 2 * ROW_STEP }, 1>(scale, factors, columns, sums, depth),
+                (false, true) => block::<T, I, ROW_STEP, 2>(scale, factors, columns, sums, depth),
+                (false, false) => block::<T, I, ROW_STEP, 1>(scale, factors, columns, sums, depth),
+            };
+        }
+        n += if two { 2 * lanes } else { lanes };
+    }
+}
+
+/// Handles `N` vectors of `M` rows; returns `M`.
+#[inline(always)]
+fn block<T: SimdElement, I: Isa, const M: usize, const N: usize>(
+    scale: Option<&[T::Acc]>,
+    factors: Factors<'_, T::Acc>,
+    matrix: Rows<'_, T::Acc>,
+    (sums, stride): (&mut [T::Acc], usize),
     depth: usize,
-    width: usize,
 ) -> usize {
     let lanes = T::V::<I>::LANES;
-    let mut acc = [[T::V::<I>::splat(T::Acc::ZERO); N]; ROW_STEP];
+    let mut acc = [[T::V::<I>::splat(T::Acc::ZERO); N]; M];
     for (r, row) in acc.iter_mut().enumerate() {
         for (v, sum) in row.iter_mut().enumerate() {
-            *sum = T::V::<I>::load(&sums[r * width + v * lanes..]);
+            *sum = T::V::<I>::load(&sums[r * stride + v * lanes..]);
+            if let Some(scale) = scale {
+                *sum = sum.mul(T::V::<I>::splat(scale[r]));
+            }
         }
     }
-    let acc = tile::<T, T::Kernel<I>, ROW_STEP, N>(factors.data, (factors.row, factors.step), matrix, width, depth, acc);
+    let acc = tile::<T, T::Kernel<I>, M, N>(factors.data, (factors.row, factors.step), matrix.data, matrix.stride, depth, acc);
     for (r, row) in acc.iter().enumerate() {
         for (v, sum) in row.iter().enumerate() {
-            sum.store(&mut sums[r * width + v * lanes..]);
+            sum.store(&mut sums[r * stride + v * lanes..]);
         }
     }
-    N * lanes
+    M
 }
 
 #[inline(always)]
 fn add_seen<T: SimdElement, I: Isa>(
     factors: Factors<'_, T::Acc>,
-    matrix: &[T::Acc],
-    sums: &mut [T::Acc],
+    matrix: Rows<'_, T::Acc>,
+    (sums, stride): (&mut [T::Acc], usize),
     [rows, depth, width]: [usize; 3],
 ) {
     let lanes = T::V::<I>::LANES;
     for i in 0..rows {
-        let sums = &mut sums[i * width..(i + 1) * width];
+        let sums = &mut sums[i * stride..][..width];
         for k in 0..depth {
             let factor = factors.data[i * factors.row + k * factors.step];
             if factor == T::Acc::ZERO {
                 continue;
             }
             let factor = T::V::<I>::splat(factor);
-            for (sum, row) in sums.chunks_exact_mut(lanes).zip(matrix[k * width..(k + 1) * width].chunks_exact(lanes)) {
+            let row = &matrix.data[k * matrix.stride..][..width];
+            for (sum, row) in sums.chunks_exact_mut(lanes).zip(row.chunks_exact(lanes)) {
                 T::V::<I>::load(row).mul_add(factor, T::V::<I>::load(sum)).store(sum);
             }
         }

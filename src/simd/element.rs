@@ -1,8 +1,9 @@
 //! Which vectors and which product form serve an element type on an instruction set.
 
 use super::{Isa, Vector, VectorKernel, Widen};
-use crate::dtype::Element;
+use crate::dtype::{Element, Float};
 use half::{bf16, f16};
+use std::ops::{Add, Div, Mul, Sub};
 
 /// An [`Element`] that vectors can be loaded from and stored to.
 pub trait SimdElement: Element {
@@ -19,6 +20,14 @@ pub trait SimdElement: Element {
     /// Rounds into the first `LANES` elements.
     fn store<I: Isa>(v: Self::V<I>, dst: &mut [Self]);
 }
+
+/// A type that is its own accumulator.
+pub trait Wide:
+    SimdElement<Acc = Self> + Float + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self> + Div<Output = Self>
+{
+}
+impl Wide for f32 {}
+impl Wide for f64 {}
 
 /// Relative error 1.1e-7.
 #[expect(clippy::approx_constant, reason = "coefficients")]

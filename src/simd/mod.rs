@@ -15,7 +15,7 @@ mod prefetch;
 mod probe;
 mod row_block;
 
-pub use element::SimdElement;
+pub use element::{SimdElement, Wide};
 pub use kernel::{PairDot, VectorKernel, Widen};
 pub use level::Level;
 pub use micro::{cross_tile, dot_tile, tile, weigh_tile};

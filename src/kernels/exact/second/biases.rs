@@ -1,11 +1,10 @@
 //! The gradients of the gradients with respect to what is added to scores.
 
 use super::super::backward::sums::SumTable;
-use super::Wide;
 use super::double_backward::Pass;
 use super::tile::{KEYS, ROWS, Tile, TileRows, covering, scratch_len};
 use crate::parallel::{RowWriter, for_each_tile};
-use crate::simd::{Isa, Level, Task};
+use crate::simd::{Isa, Level, Task, Wide};
 use crate::workspace::Scratch;
 use std::ops::Range;
 

@@ -4,13 +4,13 @@ use super::super::backward::BackwardArgs;
 use super::super::backward::sums::SumTable;
 use super::biases::bias_gradient;
 use super::jvp::{JvpOut, base, jvp, query_tiles};
-use super::tile::{KEY_SUMS, KEYS, ROWS, RowFactors, Tile, TileRows, carve, covering, scratch_len};
-use super::{Direction, Wide};
+use super::tile::{KEY_SUMS, KEYS, ROWS, RowFactors, Tile, TileRows, covering, scratch_len};
+use super::Direction;
 use crate::math::product::row_width;
 use crate::parallel::{RowWriter, for_each_tile};
-use crate::simd::{Isa, Level, Task};
+use crate::simd::{Isa, Level, Task, Wide};
 use crate::tensor::{AttnShape, Tensor};
-use crate::workspace::Scratch;
+use crate::workspace::{Scratch, carve};
 
 /// Where the gradients go.
 pub struct SecondGradients<'a, T> {

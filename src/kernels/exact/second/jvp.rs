@@ -1,14 +1,14 @@
 //! The derivatives of the output and of its log-sum-exp along a direction.
 
-use super::tile::{KEYS, ROWS, RowFactors, Tile, TileRows, carve, covering, scratch_len};
-use super::{Direction, ExactArgs, Wide};
+use super::tile::{KEYS, ROWS, RowFactors, Tile, TileRows, covering, scratch_len};
+use super::{Direction, ExactArgs};
 use crate::math::exp::exp2;
 use crate::math::load::MAX_LANES;
 use crate::math::product::row_width;
 use crate::parallel::{RowWriter, for_each_tile};
-use crate::simd::{Isa, Level, Task, Vector};
+use crate::simd::{Isa, Level, Task, Vector, Wide};
 use crate::tensor::Tensor;
-use crate::workspace::Scratch;
+use crate::workspace::{Scratch, carve};
 
 /// Where the derivatives go.
 pub struct JvpOut<'a, 'd, T> {

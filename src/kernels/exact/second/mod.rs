@@ -28,17 +28,11 @@ pub use double_backward::{SecondGradients, double_backward};
 pub use jvp::jvp;
 
 use super::ExactArgs;
-use crate::dtype::{Element, Float};
+use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::kernels::bias::Bias;
 use crate::kernels::score_mod::Normalizer;
-use crate::simd::SimdElement;
 use crate::tensor::Tensor;
-
-/// A type that higher derivatives are computed in: one that is its own accumulator.
-pub trait Wide: SimdElement<Acc = Self> + Float {}
-impl Wide for f32 {}
-impl Wide for f64 {}
 
 /// Tangents of the inputs, or cotangents of their gradients; what is missing is 0.
 #[derive(Debug, Clone, Copy)]

@@ -1,12 +1,13 @@
 //! Scores of some queries with some keys, their derivatives along a direction, and what both become.
 
-use super::{Direction, ExactArgs, Wide};
+use super::{Direction, ExactArgs};
 use crate::index::{Query, Segment};
 use crate::kernels::bias::Bias;
 use crate::math::exp::exp2;
-use crate::math::product::{Factors, ROW_STEP, add_product, row_width};
-use crate::simd::{Isa, Vector};
+use crate::math::product::{Factors, ROW_STEP, Rows, add_product, row_width};
+use crate::simd::{Isa, Vector, Wide};
 use crate::tensor::{AttnShape, Tensor};
+use crate::workspace::carve;
 use std::ops::Range;
 
 /// Most queries of a tile.
@@ -58,14 +59,6 @@ pub fn covering<T: Wide>(args: &ExactArgs<'_, T>, batch: usize, rows: Range<usiz
     (0..args.segment_count()).filter_map(|index| part(args.segment(index))).collect()
 }
 
-/// Cuts `len` elements off.
-#[expect(clippy::mut_mut, reason = "what is left of the scratch")]
-pub fn carve<'s, T>(rest: &mut &'s mut [T], len: usize) -> &'s mut [T] {
-    let (cut, left) = std::mem::take(rest).split_at_mut(len);
-    *rest = left;
-    cut
-}
-
 /// Rows of an array, side by side and filled up with zeros, and their transpose where that is a factor.
 struct Operand<'s, T> {
     rows: &'s mut [T],
@@ -80,6 +73,10 @@ impl<'s, T: Wide> Operand<'s, T> {
         let rows = carve(rest, capacity * row_width(width));
         let columns = transposed.then(|| carve(rest, width * row_width(capacity)));
         Self { rows, columns, width: row_width(width), finite: true }
+    }
+
+    fn matrix(&self) -> Rows<'_, T> {
+        Rows { data: self.rows, stride: self.width, finite: self.finite }
     }
 
     #[inline(always)]
@@ -366,14 +363,15 @@ fn add_scores<T: Wide, I: Isa>(
 ) {
     if let (Some(queries), Some(columns)) = (queries, keys.and_then(|keys| keys.columns.as_ref())) {
         let factors = Factors { data: queries.rows, row: queries.width, step: 1 };
-        add_product::<T, I>(factors, (columns, true), sums, [count.next_multiple_of(ROW_STEP), depth, KEYS]);
+        let size = [count.next_multiple_of(ROW_STEP), depth, KEYS];
+        add_product::<T, I>(factors, Rows::new(columns, KEYS), (sums, KEYS), size);
     }
 }
 
 #[inline(always)]
 fn add_over_keys<T: Wide, I: Isa>(factors: &[T], operand: &Operand<'_, T>, sums: &mut [T], keys: usize) {
     let factors = Factors { data: factors, row: KEYS, step: 1 };
-    add_product::<T, I>(factors, (operand.rows, operand.finite), sums, [ROWS, keys, operand.width]);
+    add_product::<T, I>(factors, operand.matrix(), (sums, operand.width), [ROWS, keys, operand.width]);
 }
 
 #[inline(always)]
@@ -381,7 +379,7 @@ fn add_over_rows<T: Wide, I: Isa>(factors: &[T], operand: Option<&Operand<'_, T>
     if let Some(operand) = operand {
         let factors = Factors { data: factors, row: 1, step: KEYS };
         let size = [keys.next_multiple_of(ROW_STEP), rows, operand.width];
-        add_product::<T, I>(factors, (operand.rows, operand.finite), sums, size);
+        add_product::<T, I>(factors, operand.matrix(), (sums, operand.width), size);
     }
 }
 

@@ -1,0 +1,372 @@
+//! `recurrent`: the state-space family, whose operators are named in `subquad.ops`.
+
+use super::array::{Array, ElementType, Layout};
+use super::attention::{View, check_memory, dispatch_dtype, lse_dtype, writer};
+use super::options::numbers;
+use super::varlen::starts;
+use super::{enter, result, runtime};
+use crate::dtype::{DType, Element, Float};
+use crate::error::Error;
+use crate::kernels::recurrent::{
+    BLOCK, Decay, Form, MAX_CHUNK, Numbers, RecurrentArgs, RecurrentOut, RecurrentShape, Rule, Sequence, States, forward,
+};
+use crate::parallel::RowWriter;
+use crate::simd::{SimdElement, Wide};
+use crate::tensor::{MAX_HEAD_DIM, Tensor, shape_text};
+use half::{bf16, f16};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+/// Most tokens, heads and sequences that are told apart where arrays have no elements.
+const MAX_SEQUENCES: usize = 1 << 24;
+
+/// Arrays beside queries, keys and values, by name.
+struct Named<'a, 'py>(&'a Bound<'py, PyDict>);
+
+impl<'py> Named<'_, 'py> {
+    fn get(&self, arg: &str) -> PyResult<Option<Bound<'py, PyAny>>> {
+        Ok(self.0.get_item(arg)?.filter(|object| !object.is_none()))
+    }
+
+    fn flag(&self, arg: &str) -> PyResult<bool> {
+        self.get(arg)?.map_or(Ok(false), |flag| flag.extract())
+    }
+
+    /// An array of exactly that shape, of the dtype of `like` or of its accumulators.
+    fn array(&self, arg: &'static str, like: &Array<'py>, shape: &[usize], layout: Layout) -> PyResult<Option<Array<'py>>> {
+        let Some(object) = self.get(arg)? else { return Ok(None) };
+        let array = Array::import(arg, &object, layout)?;
+        like.check_kind(&array)?;
+        if array.shape() != shape {
+            return Err(Error::Shape { arg, expected: shape_text(shape), got: shape_text(array.shape()) }.into());
+        }
+        let (own, acc) = (like.float()?, lse_dtype(like.float()?));
+        if array.element != ElementType::Float(own) && array.element != ElementType::Float(acc) {
+            let expected = if own == acc { own.to_string() } else { format!("{own} or {acc}") };
+            return Err(Error::DType { arg, expected, got: array.element.to_string() }.into());
+        }
+        Ok(Some(array))
+    }
+}
+
+/// The arguments of a call, checked.
+struct Call<'py> {
+    q: Array<'py>,
+    k: Array<'py>,
+    v: Array<'py>,
+    shape: RecurrentShape,
+    sequences: Vec<Sequence>,
+    steps: Option<Array<'py>>,
+    channels: Option<Array<'py>>,
+    heads: Option<Vec<f64>>,
+    delta: bool,
+    beta: Option<Array<'py>>,
+    low_rank: Option<[Array<'py>; 2]>,
+    bonus: Option<Vec<f64>>,
+    initial: Option<Array<'py>>,
+    in_place: bool,
+    v_first: bool,
+    scale: f64,
+    l2norm: bool,
+    form: Form,
+}
+
+fn shape_of(q: &Array<'_>, k: &Array<'_>, v: &Array<'_>) -> Result<RecurrentShape, Error> {
+    let q_shape = View::in_order(q, "[B, T, H, K]")?.shape;
+    let k_shape = View::in_order(k, "[B, T, H, K]")?.shape;
+    let v_shape = View::in_order(v, "[B, T, HV, V]")?.shape;
+    let [batch, seqlen, num_heads, head_dim] = q_shape;
+    let [_, _, num_value_heads, head_dim_v] = v_shape;
+    let wrong = |arg, expected: String, got: [usize; 4]| Err(Error::Shape { arg, expected, got: shape_text(&got) });
+    if k_shape != q_shape {
+        return wrong(k.arg, format!("{} as {} has", shape_text(&q_shape), q.arg), k_shape);
+    }
+    let divides = if num_heads == 0 { num_value_heads == 0 } else { num_value_heads.is_multiple_of(num_heads) };
+    if v_shape[..2] != q_shape[..2] || !divides {
+        return wrong(v.arg, format!("({batch}, {seqlen}, a multiple of {num_heads}, V) as {} has", q.arg), v_shape);
+    }
+    for (arg, dim) in [(q.arg, head_dim), (v.arg, head_dim_v)] {
+        if dim > MAX_HEAD_DIM {
+            let instead = format!("heads of 1 to {MAX_HEAD_DIM} are");
+            return Err(Error::Unsupported { what: format!("{arg}: head_dim {dim}"), instead });
+        }
+    }
+    if batch > MAX_SEQUENCES || num_value_heads > MAX_SEQUENCES {
+        return Err(Error::Overflow { arg: v.arg, got: shape_text(&v_shape) });
+    }
+    Ok(RecurrentShape { batch, seqlen, num_heads, num_value_heads, head_dim, head_dim_v })
+}
+
+/// The sequences of a batch, or those that are packed one after the other.
+fn sequences(cu_seqlens: Option<&Bound<'_, PyAny>>, like: &Array<'_>, shape: &RecurrentShape) -> PyResult<Vec<Sequence>> {
+    let Some(cu_seqlens) = cu_seqlens else {
+        return Ok((0..shape.batch).map(|batch| Sequence { batch, first: 0, len: shape.seqlen }).collect());
+    };
+    if shape.batch != 1 {
+        let expected = "a batch size of 1, as cu_seqlens is given".into();
+        return Err(Error::Shape { arg: like.arg, expected, got: shape_text(like.shape()) }.into());
+    }
+    let starts = starts("cu_seqlens", cu_seqlens, like, Some(shape.seqlen))?;
+    Ok(starts.windows(2).map(|pair| Sequence { batch: 0, first: pair[0], len: pair[1] - pair[0] }).collect())
+}
+
+/// Gates above 0 would make the state grow without bound.
+fn check_gates(gates: &Array<'_>) -> PyResult<()> {
+    fn highest<T: Element>(gates: &Array<'_>) -> Result<f64, Error> {
+        let data = gates.memory.slice::<T>(gates.arg)?;
+        let (shape, strides) = (&gates.memory.shape, &gates.memory.strides);
+        let (&width, outer) = shape.split_last().expect("ranks are checked");
+        let step = strides[outer.len()];
+        let mut highest = f64::NEG_INFINITY;
+        for mut row in 0..outer.iter().product::<usize>() {
+            let mut start = 0;
+            for (&n, &stride) in outer.iter().zip(strides).rev() {
+                start += row % n * stride;
+                row /= n;
+            }
+            for i in 0..width {
+                highest = highest.max(data[start + i * step].to_acc().to_f64());
+            }
+        }
+        Ok(highest)
+    }
+    let highest = dispatch_dtype!(gates.float()?, highest, gates)?;
+    if highest > 0.0 {
+        let expected = "natural logarithms of decays, 0 or below".into();
+        return Err(Error::Value { arg: gates.arg, expected, got: highest.to_string() }.into());
+    }
+    Ok(())
+}
+
+impl<'py> Call<'py> {
+    fn read([q, k, v]: [&Bound<'py, PyAny>; 3], options: &Bound<'py, PyDict>) -> PyResult<Self> {
+        let named = Named(options);
+        let q = Array::import("q", q, Layout::Rows)?;
+        let k = Array::import("k", k, Layout::Rows)?;
+        let v = Array::import("v", v, Layout::Rows)?;
+        q.float()?;
+        q.check_same(&k)?;
+        q.check_same(&v)?;
+        let shape = shape_of(&q, &k, &v)?;
+        let RecurrentShape { batch, seqlen, num_heads, num_value_heads, head_dim, head_dim_v } = shape;
+        let sequences = sequences(named.get("cu_seqlens")?.as_ref(), &q, &shape)?;
+
+        let steps = named.array("g", &q, &[batch, seqlen, num_value_heads], Layout::Any)?;
+        let channels = named.array("gk", &q, &[batch, seqlen, num_value_heads, head_dim], Layout::Rows)?;
+        for gates in [&steps, &channels].into_iter().flatten() {
+            check_gates(gates)?;
+        }
+        let vector = |arg: &'static str, expected: &[usize]| -> PyResult<Option<Vec<f64>>> {
+            let Some(object) = named.get(arg)? else { return Ok(None) };
+            let (data, got) = numbers(arg, &object, &q, &[DType::F32, DType::F64, q.float()?])?;
+            if got != expected {
+                return Err(Error::Shape { arg, expected: shape_text(expected), got: shape_text(&got) }.into());
+            }
+            Ok(Some(data))
+        };
+        let heads = vector("g_gamma", &[num_value_heads])?;
+        if let Some(gate) = heads.iter().flatten().find(|gate| **gate > 0.0) {
+            let expected = "natural logarithms of decays, 0 or below".into();
+            return Err(Error::Value { arg: "g_gamma", expected, got: gate.to_string() }.into());
+        }
+        let given = [steps.as_ref().map(|g| g.arg), channels.as_ref().map(|g| g.arg), heads.as_ref().map(|_| "g_gamma")];
+        let given: Vec<&str> = given.into_iter().flatten().collect();
+        if given.len() > 1 {
+            let expected = format!("None, as {} is given", given[0]);
+            let arg = if given[1] == "gk" { "gk" } else { "g_gamma" };
+            return Err(Error::Value { arg, expected, got: "an array".into() }.into());
+        }
+        let bonus = vector("u", &[num_heads, head_dim])?;
+        let beta = named.array("beta", &q, &[batch, seqlen, num_value_heads], Layout::Any)?;
+        let low_rank = match (named.get("a")?, named.get("b")?) {
+            (Some(a), Some(b)) => {
+                let read = |arg, object: &Bound<'py, PyAny>| -> PyResult<Array<'py>> {
+                    let array = Array::import(arg, object, Layout::Rows)?;
+                    q.check_same(&array)?;
+                    if array.shape() != q.shape() {
+                        let expected = format!("{} as q has", shape_text(q.shape()));
+                        return Err(Error::Shape { arg, expected, got: shape_text(array.shape()) }.into());
+                    }
+                    Ok(array)
+                };
+                Some([read("a", &a)?, read("b", &b)?])
+            }
+            _ => None,
+        };
+        let v_first = named.flag("state_v_first")?;
+        let state = if v_first { [head_dim_v, head_dim] } else { [head_dim, head_dim_v] };
+        let state = [sequences.len(), num_value_heads, state[0], state[1]];
+        let in_place = named.flag("inplace_final_state")?;
+        let layout = if in_place { Layout::InPlace } else { Layout::Contiguous };
+        let initial = named.array("initial_state", &q, &state, layout)?;
+        if in_place {
+            check_in_place(initial.as_ref(), &[&q, &k, &v])?;
+        }
+        let scale = named.get("scale")?.map_or(Ok(1.0 / (head_dim.max(1) as f64).sqrt()), |scale| scale.extract())?;
+        let form = match named.get("chunk_size")? {
+            None if named.flag("step")? => Form::Steps,
+            None => Form::Auto,
+            Some(size) => Form::Chunks(chunk_size(size.extract()?)?),
+        };
+        Ok(Self {
+            shape,
+            sequences,
+            steps,
+            channels,
+            heads,
+            delta: named.flag("delta")?,
+            beta,
+            low_rank,
+            bonus,
+            initial,
+            in_place,
+            v_first,
+            scale,
+            l2norm: named.flag("use_qk_l2norm_in_kernel")?,
+            form,
+            q,
+            k,
+            v,
+        })
+    }
+
+    fn run<T: SimdElement>(&self, py: Python<'_>, out: &Array<'_>, last: Option<&Array<'_>>) -> PyResult<()>
+    where
+        T::Acc: Wide,
+    {
+        let decay = match (&self.steps, &self.channels, &self.heads) {
+            (Some(gates), ..) => Decay::Steps(per_step::<T>(gates)?),
+            (_, Some(gates), _) => Decay::Channels(rows::<T>(gates)?),
+            (.., Some(gates)) => Decay::Heads(gates),
+            _ => Decay::None,
+        };
+        let rule = match &self.low_rank {
+            Some([a, b]) => Rule::LowRank { a: View::in_order(a, "")?.tensor()?, b: View::in_order(b, "")?.tensor()? },
+            None if self.delta => Rule::Delta(self.beta.as_ref().map(per_step::<T>).transpose()?),
+            None => Rule::Additive(self.beta.as_ref().map(per_step::<T>).transpose()?),
+        };
+        let args = RecurrentArgs {
+            shape: self.shape,
+            q: View::in_order(&self.q, "")?.tensor()?,
+            k: View::in_order(&self.k, "")?.tensor()?,
+            v: View::in_order(&self.v, "")?.tensor()?,
+            decay,
+            rule,
+            bonus: self.bonus.as_deref(),
+            scale: self.scale,
+            l2norm: self.l2norm,
+            sequences: &self.sequences,
+        };
+        let initial = if self.in_place { None } else { self.initial.as_ref().map(|initial| self.states(initial)).transpose()? };
+        let last = last.map(|last| -> Result<_, Error> {
+            let [shape, strides] = self.state_shape();
+            Ok(RowWriter::new(last.memory.slice_mut(last.arg)?, shape, [strides[0], strides[1], strides[2]]))
+        });
+        let states = States { initial, last: last.transpose()?, in_place: self.in_place, v_first: self.v_first };
+        let out = RecurrentOut { out: writer(&View::in_order(out, "")?)?, states };
+        let (level, threads, form) = (runtime::level()?, runtime::threads(py)?, self.form);
+        enter::enter(py, || forward(&args, &out, form, level, threads))
+    }
+
+    /// States as rows of all their elements, and the strides of those.
+    fn state_shape(&self) -> [[usize; 4]; 2] {
+        let (heads, len) = (self.shape.num_value_heads, self.shape.head_dim * self.shape.head_dim_v);
+        [[self.sequences.len(), heads, 1, len], [heads * len, len, len, 1]]
+    }
+
+    fn states<'a, T: Element>(&self, array: &'a Array<'_>) -> Result<Numbers<'a, T>, Error> {
+        let [shape, _] = self.state_shape();
+        typed(array, |array| Tensor::contiguous(array.arg, array.memory.slice(array.arg)?, shape), |array| {
+            Tensor::contiguous(array.arg, array.memory.slice(array.arg)?, shape)
+        })
+    }
+}
+
+/// Numbers of the type of the inputs, or of their accumulators.
+fn typed<'a, T: Element>(
+    array: &'a Array<'_>,
+    input: impl Fn(&'a Array<'_>) -> Result<Tensor<'a, T>, Error>,
+    acc: impl Fn(&'a Array<'_>) -> Result<Tensor<'a, T::Acc>, Error>,
+) -> Result<Numbers<'a, T>, Error> {
+    if array.float()? == T::DTYPE { Ok(Numbers::Input(input(array)?)) } else { Ok(Numbers::Acc(acc(array)?)) }
+}
+
+fn rows<'a, T: Element>(array: &'a Array<'_>) -> Result<Numbers<'a, T>, Error> {
+    typed(array, |array| View::in_order(array, "")?.tensor(), |array| View::in_order(array, "")?.tensor())
+}
+
+/// `[B, T, HV]`, as rows of one element.
+fn per_step<'a, T: Element>(array: &'a Array<'_>) -> Result<Numbers<'a, T>, Error> {
+    fn view<'a>(array: &'a Array<'_>) -> View<'a> {
+        let (&[batch, tokens, heads], &[b, t, h]) = (array.shape(), &array.memory.strides[..]) else {
+            unreachable!("shapes are checked")
+        };
+        View { arg: array.arg, memory: &array.memory, offset: 0, shape: [batch, tokens, heads, 1], strides: [b, t, h] }
+    }
+    typed(array, |array| view(array).tensor(), |array| view(array).tensor())
+}
+
+fn check_in_place(initial: Option<&Array<'_>>, inputs: &[&Array<'_>]) -> PyResult<()> {
+    let arg = "initial_state";
+    let Some(initial) = initial else {
+        let expected = "the states, as inplace_final_state is set".into();
+        return Err(Error::Value { arg, expected, got: "None".into() }.into());
+    };
+    let acc = lse_dtype(initial.float()?);
+    if initial.element != ElementType::Float(acc) {
+        return Err(Error::DType { arg, expected: acc.to_string(), got: initial.element.to_string() }.into());
+    }
+    if !initial.is_contiguous() {
+        let got = format!("{} with strides {:?}", shape_text(initial.shape()), initial.memory.strides);
+        return Err(Error::Shape { arg, expected: "a contiguous array, to be written in place".into(), got }.into());
+    }
+    Ok(check_memory(initial, inputs)?)
+}
+
+fn chunk_size(size: usize) -> Result<usize, Error> {
+    if size == 0 || size > MAX_CHUNK || !size.is_multiple_of(BLOCK) {
+        let expected = format!("a multiple of {BLOCK} up to {MAX_CHUNK}");
+        return Err(Error::Value { arg: "chunk_size", expected, got: size.to_string() });
+    }
+    Ok(size)
+}
+
+fn run<T: SimdElement>(py: Python<'_>, call: &Call<'_>, out: &Array<'_>, last: Option<&Array<'_>>) -> PyResult<()>
+where
+    T::Acc: Wide,
+{
+    call.run::<T>(py, out, last)
+}
+
+/// Outputs, and the states after the last token; documented in `subquad.ops.recurrent`.
+#[pyfunction]
+pub fn recurrent<'py>(
+    q: &Bound<'py, PyAny>,
+    k: &Bound<'py, PyAny>,
+    v: &Bound<'py, PyAny>,
+    options: &Bound<'py, PyDict>,
+    output_final_state: bool,
+) -> PyResult<(Bound<'py, PyAny>, Option<Bound<'py, PyAny>>)> {
+    let py = q.py();
+    let call = Call::read([q, k, v], options)?;
+    let dtype = call.q.float()?;
+    let out = result::empty("out", &call.q, call.v.shape(), dtype)?;
+    let RecurrentShape { num_value_heads, head_dim, head_dim_v, .. } = call.shape;
+    let [first, second] = if call.v_first { [head_dim_v, head_dim] } else { [head_dim, head_dim_v] };
+    let fresh = (output_final_state && !call.in_place)
+        .then(|| {
+            let shape = [call.sequences.len(), num_value_heads, first, second];
+            result::empty("final_state", &call.q, &shape, lse_dtype(dtype))
+        })
+        .transpose()?;
+    let last = if call.in_place { call.initial.as_ref() } else { fresh.as_ref() };
+    dispatch_dtype!(dtype, run, py, &call, &out, last)?;
+    let Call { q, initial, in_place, .. } = call;
+    let out = result::deliver(&q, out)?;
+    let last = match (fresh, initial) {
+        (Some(fresh), _) => Some(result::deliver(&q, fresh)?),
+        (None, Some(initial)) if in_place => Some(initial.written()?),
+        _ => None,
+    };
+    Ok((out, last))
+}

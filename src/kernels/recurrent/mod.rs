@@ -1,0 +1,109 @@
+//! Recurrent attention: a state `S` `[K, V]` for each value head that fades, is written to, and is read by the query of every token.
+//!
+//! ```text
+//! S_t = D_t S_{t-1} + k_t u_t^T + b_t z_t^T       D_t = diag(exp(g_t)): 1, a number, or one for each channel of the keys
+//! o_t = scale * S_t^T q_t
+//! ```
+//!
+//! | rule | `u` | `z` |
+//! | --- | --- | --- |
+//! | additive | `beta v` | |
+//! | delta | `beta (v - (D_t S_{t-1})^T k)` | |
+//! | low rank | `v` | `S_{t-1}^T a` |
+//!
+//! A new operator is a combination of [`Decay`] and [`Rule`], not a loop of its own.
+//!
+//! # Chunks
+//!
+//! With the running sums `G` of the gates within a chunk, and `S` the state before it,
+//!
+//! ```text
+//! u_i = beta_i (v_i - (k_i e^{G_i})^T S - sum over j < i of A_ij u_j)      A_ij = sum over d of k_id k_jd e^{G_id - G_jd}
+//! o_i = (q_i e^{G_i})^T S + sum over j <= i of P_ij u_j                    P_ij = sum over d of q_id k_jd e^{G_id - G_jd}
+//! S   = e^{G_C} S + sum over j of (k_j e^{G_C - G_j}) u_j^T
+//! ```
+//!
+//! so that all but a triangular system of the chunk's length are products of matrices: `6 K V + 2 C (K + V)` operations for each token
+//! with the delta rule, `4 K V + C (K + V)` without. [`pairs`] forms `A` and `P` without ever dividing by a small decay.
+//!
+//! The state and all sums are of the accumulators' type. Results do not depend on the number of threads.
+
+mod args;
+mod chunk;
+pub mod naive;
+mod pairs;
+mod rows;
+mod states;
+mod step;
+
+pub use args::{Decay, Numbers, RecurrentArgs, RecurrentShape, Rule, Sequence};
+pub use chunk::{BLOCK, MAX_CHUNK};
+pub use states::States;
+
+use crate::dtype::Element;
+use crate::parallel::{RowWriter, for_each_tile};
+use crate::simd::{Isa, Level, SimdElement, Task, Wide};
+
+/// Where results go.
+pub struct RecurrentOut<'a, T: Element> {
+    /// `[B, T, HV, V]`.
+    pub out: RowWriter<'a, T>,
+    /// The states.
+    pub states: States<'a, T>,
+}
+
+/// Sequences of up to so many tokens are worked through one by one: a chunk would be mostly empty.
+const FEW_TOKENS: usize = 8;
+
+/// How tokens are worked through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// As the length of a sequence asks for.
+    Auto,
+    /// In chunks of so many tokens, a multiple of [`BLOCK`] up to [`MAX_CHUNK`].
+    Chunks(usize),
+    /// One by one.
+    Steps,
+}
+
+struct Heads<'a, T: Element> {
+    args: &'a RecurrentArgs<'a, T>,
+    out: &'a RecurrentOut<'a, T>,
+    form: Form,
+}
+
+/// The chunk of [`Form::Auto`].
+const CHUNK: usize = 32;
+
+impl<T: SimdElement> Task for Heads<'_, T>
+where
+    T::Acc: Wide,
+{
+    #[inline(always)]
+    fn run<I: Isa>(&self, index: usize) {
+        let heads = self.args.shape.num_value_heads;
+        let (number, head) = (index / heads, index % heads);
+        let few = self.args.sequences[number].len <= FEW_TOKENS;
+        match self.form {
+            Form::Steps => step::run::<T, I>(self.args, self.out, number, head),
+            Form::Auto if few => step::run::<T, I>(self.args, self.out, number, head),
+            Form::Auto => chunk::run::<T, I>(self.args, self.out, number, head, CHUNK),
+            Form::Chunks(size) => chunk::run::<T, I>(self.args, self.out, number, head, size),
+        }
+    }
+}
+
+/// Computes outputs and states with up to `threads` threads.
+///
+/// # Panics
+/// When the size of chunks is not a multiple of [`BLOCK`] up to [`MAX_CHUNK`].
+pub fn forward<T: SimdElement>(args: &RecurrentArgs<'_, T>, out: &RecurrentOut<'_, T>, form: Form, level: Level, threads: usize)
+where
+    T::Acc: Wide,
+{
+    if let Form::Chunks(size) = form {
+        assert!(size > 0 && size.is_multiple_of(BLOCK) && size <= MAX_CHUNK, "chunks of {size} tokens");
+    }
+    let tasks = args.sequences.len() * args.shape.num_value_heads;
+    for_each_tile(level, threads, tasks, &Heads { args, out, form });
+}

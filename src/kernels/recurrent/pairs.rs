@@ -1,0 +1,356 @@
+//! The decays of a chunk: what they make of its rows, and the products of its rows with each other under them.
+//!
+//! A product of rows `i >= j` is weighed, channel by channel, with `e^{G_i - G_j} <= 1`. One factor for each row would not do:
+//! `e^{-G_j}` overflows. With one gate for all channels the products are weighed after they are summed. With a gate for each
+//! channel, rows are taken in blocks of [`BLOCK`]: left rows fade from the start of their block, right rows to the end of theirs,
+//! and what lies between is a factor of each channel. Within a block, right rows are brought back to its start, as long as the block
+//! fades by no more than [`LIMIT`]; the channels that fade more are summed pair by pair.
+
+use super::chunk::{BLOCK, MAX_CHUNK};
+use crate::math::elementwise::{add, add_scaled, decay, decays, multiply, scale, transpose};
+use crate::math::load::MAX_LANES;
+use crate::math::product::{Factors, Rows, add_product};
+use crate::simd::{Isa, Vector, Wide};
+
+/// Powers of two by which right rows are brought back at most: their exponents are then exact to `LIMIT` units in the last place of 1.
+const LIMIT: f64 = 16.0;
+
+/// What fades below this is gone: denormals take hundreds of cycles.
+const TINY: f64 = 1e-30;
+
+/// The sizes of a chunk.
+#[derive(Clone, Copy)]
+pub struct Size {
+    /// Rows that are computed: whole blocks.
+    pub rows: usize,
+    /// Elements from one row of a square matrix, or of a transposed one, to the next: the longest chunk.
+    pub chunk: usize,
+    /// Channels of the keys, in whole vectors.
+    pub width: usize,
+    /// Elements from one row to the next.
+    pub stride: usize,
+}
+
+/// Rows that read: what they meet has faded up to their own step, or to the one before.
+pub struct Left<'s, E> {
+    /// `[chunk, stride]`; then faded from the start of the chunk.
+    pub rows: &'s mut [E],
+    /// Whether the step of the row itself does not fade what it meets.
+    pub exclusive: bool,
+    /// Whether a row does not meet what is written in its own step.
+    pub strict: bool,
+    /// Products with the right rows, `[chunk, chunk]` each; 0 above the diagonal within blocks, undefined beyond.
+    pub products: [&'s mut [E]; 2],
+}
+
+impl<E> Left<'_, E> {
+    /// How many rows from the first on row `i` meets.
+    fn met(&self, i: usize) -> usize {
+        if self.strict { i } else { i + 1 }
+    }
+}
+
+/// Rows that are written.
+pub struct Right<'s, E> {
+    /// `[chunk, stride]`; scratch afterwards.
+    pub rows: &'s mut [E],
+    /// `[width, chunk]`: the rows transposed; then faded to the end of the chunk.
+    pub columns: &'s mut [E],
+}
+
+/// The gates of a chunk, in base 2.
+pub enum Gates<'s, E> {
+    /// None at all.
+    None,
+    /// Sums of the gates before each row, and of all.
+    Steps([f64; MAX_CHUNK + 1]),
+    /// `[chunk, stride]`, rows of zeros beyond the last one.
+    Channels(&'s [E]),
+}
+
+/// Scratch for gates of channels.
+pub struct ChannelScratch<'s, E> {
+    /// `[width, chunk]`.
+    pub columns: &'s mut [E],
+    /// `[MAX_CHUNK / BLOCK, width]`: what each block fades by.
+    pub blocks: &'s mut [E],
+    /// `[width]`.
+    pub total: &'s mut [E],
+    /// `[width]`.
+    pub ratio: &'s mut [E],
+}
+
+/// Computes the products of left and right rows, then fades the rows; writes to `alpha`, `[width]`, what the state fades by.
+#[inline(always)]
+pub fn fade<E: Wide, I: Isa>(
+    size: Size,
+    gates: Gates<'_, E>,
+    lefts: &mut [Left<'_, E>],
+    rights: &mut [Right<'_, E>],
+    scratch: &mut ChannelScratch<'_, E>,
+    alpha: &mut [E],
+) {
+    match gates {
+        Gates::None => {
+            alpha.fill(E::from_f64(1.0));
+            by_step::<E, I>(size, None, lefts, rights);
+        }
+        Gates::Steps(sums) => {
+            alpha.fill(power::<E, I>(sums[size.rows]));
+            by_step::<E, I>(size, Some(&sums), lefts, rights);
+        }
+        Gates::Channels(gates) => by_channel::<E, I>(size, gates, lefts, rights, scratch, alpha),
+    }
+}
+
+/// `2^x` for `x <= 0`.
+#[inline(always)]
+fn power<E: Wide, I: Isa>(x: f64) -> E {
+    let mut lanes = [E::ZERO; MAX_LANES];
+    decay::<E, I>(E::V::<I>::splat(E::from_f64(x))).store(&mut lanes);
+    lanes[0]
+}
+
+#[inline(always)]
+fn by_step<E: Wide, I: Isa>(
+    size: Size,
+    sums: Option<&[f64; MAX_CHUNK + 1]>,
+    lefts: &mut [Left<'_, E>],
+    rights: &mut [Right<'_, E>],
+) {
+    let Size { rows, chunk, width, stride } = size;
+    for right in rights.iter_mut() {
+        transpose::<E, I>((right.rows, stride), (right.columns, chunk), [rows, width]);
+    }
+    for left in lefts.iter_mut() {
+        for (products, right) in left.products.iter_mut().zip(rights.iter()) {
+            for first in (0..rows).step_by(BLOCK) {
+                let products = &mut products[first * chunk..];
+                products[..BLOCK * chunk].fill(E::ZERO);
+                let factors = Factors { data: &left.rows[first * stride..], row: stride, step: 1 };
+                let matrix = Rows::new(right.columns, chunk);
+                add_product::<E, I>(factors, matrix, (products, chunk), [BLOCK, width, first + BLOCK]);
+            }
+        }
+    }
+    let mut weights = [E::ZERO; MAX_CHUNK];
+    for left in lefts.iter_mut() {
+        for i in 0..rows {
+            let (met, end) = (left.met(i), (i / BLOCK + 1) * BLOCK);
+            if let Some(sums) = sums {
+                let own = if left.exclusive { sums[i] } else { sums[i + 1] };
+                for (weight, before) in weights[..met].iter_mut().zip(&sums[1..]) {
+                    *weight = E::from_f64(own - before);
+                }
+                weights[met..end].fill(E::ZERO);
+                let exponents = weights;
+                decays::<E, I>(&exponents[..end], &mut weights[..end]);
+                scale::<E, I>(&mut left.rows[i * stride..][..width], power::<E, I>(own));
+            }
+            for products in left.products.iter_mut().take(rights.len()) {
+                let row = &mut products[i * chunk..][..end];
+                if sums.is_some() {
+                    multiply::<E, I>(row, &weights[..end]);
+                }
+                row[met..].fill(E::ZERO);
+            }
+        }
+    }
+    if let Some(sums) = sums {
+        let mut exponents = [E::ZERO; MAX_CHUNK];
+        for (exponent, before) in exponents[..rows].iter_mut().zip(&sums[1..]) {
+            *exponent = E::from_f64(sums[rows] - before);
+        }
+        decays::<E, I>(&exponents[..rows], &mut weights[..rows]);
+        for right in rights.iter_mut() {
+            for column in right.columns.chunks_exact_mut(chunk).take(width) {
+                multiply::<E, I>(&mut column[..rows], &weights[..rows]);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn by_channel<E: Wide, I: Isa>(
+    size: Size,
+    gates: &[E],
+    lefts: &mut [Left<'_, E>],
+    rights: &mut [Right<'_, E>],
+    scratch: &mut ChannelScratch<'_, E>,
+    alpha: &mut [E],
+) {
+    let Size { rows, chunk, width, stride } = size;
+    let count = rights.len();
+    alpha.fill(E::from_f64(1.0));
+    for (block, first) in (0..rows).step_by(BLOCK).enumerate() {
+        let span = first * stride..(first + BLOCK) * stride;
+        let gates = &gates[span.clone()];
+        sum_rows::<E, I>((gates, stride), &mut *scratch.total);
+        for left in lefts.iter_mut() {
+            for products in left.products.iter_mut().take(count) {
+                products[first * chunk..][..BLOCK * chunk].fill(E::ZERO);
+            }
+        }
+        for d in (0..width).filter(|&d| scratch.total[d].to_f64() < -LIMIT) {
+            let fades = fades_of::<E, I>(gates, (d, stride));
+            for (number, right) in rights.iter().enumerate() {
+                for left in lefts.iter_mut() {
+                    let sums = (&mut left.products[number][first * chunk + first..], chunk);
+                    let rows = (&left.rows[span.clone()], left.exclusive, &right.rows[span.clone()]);
+                    strong_channel::<E, I>(rows, &fades, (d, stride), sums);
+                }
+            }
+        }
+        decays::<E, I>(scratch.total, &mut scratch.blocks[block * width..][..width]);
+        fade_rows::<E, I>(gates, [width, stride], span.start, lefts, rights);
+        for right in rights.iter_mut() {
+            let columns = (&mut right.columns[first..], chunk);
+            transpose::<E, I>((&right.rows[span.clone()], stride), columns, [BLOCK, width]);
+        }
+        for (number, right) in rights.iter().enumerate() {
+            let blocks = &scratch.blocks[..(block + 1) * width];
+            bring_back(blocks, (scratch.total, width), &mut *scratch.ratio, (right.columns, chunk), scratch.columns);
+            for left in lefts.iter_mut() {
+                let factors = Factors { data: &left.rows[span.start..], row: stride, step: 1 };
+                let sums = (&mut left.products[number][first * chunk..], chunk);
+                add_product::<E, I>(factors, Rows::new(scratch.columns, chunk), sums, [BLOCK, width, first + BLOCK]);
+            }
+        }
+        for left in lefts.iter_mut() {
+            for i in first..first + BLOCK {
+                let met = left.met(i);
+                for products in left.products.iter_mut().take(count) {
+                    products[i * chunk..][met..first + BLOCK].fill(E::ZERO);
+                }
+                multiply::<E, I>(&mut left.rows[i * stride..][..width], alpha);
+            }
+        }
+        multiply::<E, I>(alpha, &scratch.blocks[block * width..][..width]);
+    }
+    for right in rights.iter_mut() {
+        to_the_end(&scratch.blocks[..rows / BLOCK * width], width, scratch.ratio, (&mut *right.columns, chunk));
+    }
+}
+
+/// The sum of all rows.
+#[inline(always)]
+fn sum_rows<E: Wide, I: Isa>((rows, stride): (&[E], usize), sums: &mut [E]) {
+    sums.fill(E::ZERO);
+    for row in rows.chunks_exact(stride) {
+        add::<E, I>(sums, &row[..sums.len()]);
+    }
+}
+
+/// Fades left rows from the start of a block, and right rows to its end. Sums are of the gates between, never differences of sums:
+/// what one strong gate has rounded away, others would miss.
+#[inline(always)]
+fn fade_rows<E: Wide, I: Isa>(gates: &[E], [width, stride]: [usize; 2], start: usize, lefts: &mut [Left<'_, E>], rights: &mut [Right<'_, E>]) {
+    let lanes = E::V::<I>::LANES;
+    let mut factors = [E::ZERO; MAX_LANES];
+    for d in (0..width).step_by(lanes) {
+        let mut sum = E::V::<I>::splat(E::ZERO);
+        for i in 0..BLOCK {
+            let at = i * stride + d;
+            let before = sum;
+            sum = sum.add(E::V::<I>::load(&gates[at..]));
+            for left in lefts.iter_mut() {
+                let row = &mut left.rows[start + at..];
+                let exponent = if left.exclusive { before } else { sum };
+                E::V::<I>::load(row).mul(decay::<E, I>(exponent)).store(row);
+            }
+        }
+        let mut sum = E::V::<I>::splat(E::ZERO);
+        for i in (0..BLOCK).rev() {
+            let at = i * stride + d;
+            decay::<E, I>(sum).store(&mut factors);
+            for right in rights.iter_mut() {
+                multiply::<E, I>(&mut right.rows[start + at..][..lanes], &factors[..lanes]);
+            }
+            sum = sum.add(E::V::<I>::load(&gates[at..]));
+        }
+    }
+}
+
+/// What a channel fades by in each row of a block.
+#[inline(always)]
+fn fades_of<E: Wide, I: Isa>(gates: &[E], (channel, stride): (usize, usize)) -> [E; BLOCK] {
+    let exponents: [E; BLOCK] = std::array::from_fn(|i| gates[i * stride + channel]);
+    let mut fades = exponents;
+    decays::<E, I>(&exponents, &mut fades);
+    fades
+}
+
+/// Adds the products of one channel of a block, pair by pair.
+#[inline(always)]
+fn strong_channel<E: Wide, I: Isa>(
+    (left, exclusive, right): (&[E], bool, &[E]),
+    fades: &[E; BLOCK],
+    (channel, stride): (usize, usize),
+    (sums, chunk): (&mut [E], usize),
+) {
+    // Rows as they were written, faded up to the row that reads; what is not yet written is 0.
+    let mut writes = [E::ZERO; BLOCK];
+    for (i, &fade) in fades.iter().enumerate() {
+        let read = left[i * stride + channel];
+        let sums = &mut sums[i * chunk..][..BLOCK];
+        if exclusive {
+            add_scaled::<E, I>(sums, read, &writes);
+        }
+        for write in &mut writes {
+            let faded = *write * fade;
+            *write = if faded.to_f64().abs() > TINY { faded } else { E::ZERO };
+        }
+        writes[i] = right[i * stride + channel];
+        if !exclusive {
+            add_scaled::<E, I>(sums, read, &writes);
+        }
+    }
+}
+
+/// Columns of all blocks up to the last one of `blocks`, each from the end of its block to the start of that one.
+#[inline(always)]
+fn bring_back<E: Wide>(
+    blocks: &[E],
+    (total, width): (&[E], usize),
+    ratio: &mut [E],
+    (columns, chunk): (&[E], usize),
+    out: &mut [E],
+) {
+    let last = blocks.len() / width - 1;
+    for (ratio, (&fade, &total)) in ratio.iter_mut().zip(blocks[last * width..].iter().zip(total)) {
+        *ratio = if total.to_f64() < -LIMIT { E::ZERO } else { E::from_f64(1.0) / fade };
+    }
+    scaled_block(ratio, (columns, out, chunk), last);
+    ratio.fill(E::from_f64(1.0));
+    for block in (0..last).rev() {
+        scaled_block(ratio, (columns, out, chunk), block);
+        for (ratio, &fade) in ratio.iter_mut().zip(&blocks[block * width..]) {
+            *ratio = *ratio * fade;
+        }
+    }
+}
+
+#[inline(always)]
+fn scaled_block<E: Wide>(ratio: &[E], (columns, out, chunk): (&[E], &mut [E], usize), block: usize) {
+    for (d, &ratio) in ratio.iter().enumerate() {
+        let at = d * chunk + block * BLOCK;
+        for (out, &x) in out[at..at + BLOCK].iter_mut().zip(&columns[at..at + BLOCK]) {
+            *out = x * ratio;
+        }
+    }
+}
+
+/// Fades columns from the end of their blocks to the end of the last one.
+#[inline(always)]
+fn to_the_end<E: Wide>(blocks: &[E], width: usize, ratio: &mut [E], (columns, chunk): (&mut [E], usize)) {
+    ratio.fill(E::from_f64(1.0));
+    for (block, fades) in blocks.chunks_exact(width).enumerate().rev() {
+        for (d, (ratio, &fade)) in ratio.iter_mut().zip(fades).enumerate() {
+            let at = d * chunk + block * BLOCK;
+            for x in &mut columns[at..at + BLOCK] {
+                *x = *x * *ratio;
+            }
+            *ratio = *ratio * fade;
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! Rows of inputs as the loops take them, and states on their way in and out.
+
+use super::{RecurrentArgs, Sequence};
+use crate::dtype::{Element, Float};
+use crate::math::elementwise::scale;
+use crate::math::load::load_padded;
+use crate::simd::{Isa, SimdElement, Vector, Wide, prefetch};
+use crate::tensor::Tensor;
+
+/// What is added to a squared length before it divides, as in flash-linear-attention.
+const L2_EPS: f64 = 1e-6;
+
+/// Writes one row of inputs, zeros beyond it up to the end of `into`, which has whole vectors.
+#[inline(always)]
+pub fn load<T: SimdElement, I: Isa>(row: &[T], into: &mut [T::Acc]) {
+    let mut d = 0;
+    while d < into.len() {
+        load_padded::<T, I>(row.get(d..).unwrap_or_default()).store(&mut into[d..]);
+        d += T::V::<I>::LANES;
+    }
+}
+
+/// What brings a row to length 1.
+#[inline(always)]
+pub fn inverse_length<E: Float>(row: &[E]) -> f64 {
+    let sum: f64 = row.iter().map(|x| x.to_f64() * x.to_f64()).sum();
+    1.0 / (sum + L2_EPS).sqrt()
+}
+
+/// The rows of a head of queries or keys.
+#[derive(Clone, Copy)]
+pub struct HeadRows<'a, T> {
+    /// The array.
+    pub tensor: Tensor<'a, T>,
+    /// Which head of it.
+    pub head: usize,
+    /// What rows are multiplied by.
+    pub factor: f64,
+    /// Whether they are divided by their lengths first.
+    pub l2norm: bool,
+}
+
+impl<T: SimdElement> HeadRows<'_, T> {
+    /// Requests the row of a token: rows of one head lie too far apart for the machine to see what comes next.
+    #[inline(always)]
+    pub fn prefetch(&self, sequence: &Sequence, token: usize) {
+        if token < sequence.len {
+            prefetch(self.tensor.row(sequence.batch, sequence.first + token, self.head));
+        }
+    }
+
+    /// Writes the row of a token.
+    #[inline(always)]
+    pub fn read<I: Isa>(&self, sequence: &Sequence, token: usize, into: &mut [T::Acc])
+    where
+        T::Acc: Wide,
+    {
+        load::<T, I>(self.tensor.row(sequence.batch, sequence.first + token, self.head), into);
+        let factor = if self.l2norm { self.factor * inverse_length(into) } else { self.factor };
+        if factor != 1.0 {
+            scale::<T::Acc, I>(into, T::Acc::from_f64(factor));
+        }
+    }
+}
+
+impl<'a, T: Element> RecurrentArgs<'a, T> {
+    /// The scaled queries of a value head.
+    pub(super) fn queries(&self, value_head: usize) -> HeadRows<'a, T> {
+        HeadRows { tensor: self.q, head: self.shape.head_of(value_head), factor: self.scale, l2norm: self.l2norm }
+    }
+
+    /// The keys of a value head.
+    pub(super) fn keys(&self, value_head: usize) -> HeadRows<'a, T> {
+        HeadRows { tensor: self.k, factor: 1.0, ..self.queries(value_head) }
+    }
+
+    /// Rows of queries' shape as they are.
+    pub(super) fn plain(&self, tensor: Tensor<'a, T>, value_head: usize) -> HeadRows<'a, T> {
+        HeadRows { tensor, head: self.shape.head_of(value_head), factor: 1.0, l2norm: false }
+    }
+}

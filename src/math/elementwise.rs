@@ -1,0 +1,98 @@
+//! Arithmetic on rows of whole vectors.
+
+use super::exp::exp2;
+use crate::dtype::Float;
+use crate::simd::{Isa, SimdElement, Vector};
+
+/// Runs `body` at the start of each vector of `len` elements. Iterators over chunks would divide, which takes longer than short rows.
+macro_rules! each_vector {
+    ($T:ty, $I:ty, $len:expr, $at:ident, $body:block) => {
+        let mut $at = 0;
+        while $at < $len {
+            $body
+            $at += <$T as SimdElement>::V::<$I>::LANES;
+        }
+    };
+}
+
+/// `row *= factor`.
+#[inline(always)]
+pub fn scale<T: SimdElement, I: Isa>(row: &mut [T::Acc], factor: T::Acc) {
+    let factor = T::V::<I>::splat(factor);
+    each_vector!(T, I, row.len(), d, {
+        T::V::<I>::load(&row[d..]).mul(factor).store(&mut row[d..]);
+    });
+}
+
+/// `row *= factors`, element by element.
+#[inline(always)]
+pub fn multiply<T: SimdElement, I: Isa>(row: &mut [T::Acc], factors: &[T::Acc]) {
+    each_vector!(T, I, row.len(), d, {
+        T::V::<I>::load(&row[d..]).mul(T::V::<I>::load(&factors[d..])).store(&mut row[d..]);
+    });
+}
+
+/// `row = factor * (row - other)`.
+#[inline(always)]
+pub fn subtract_and_scale<T: SimdElement, I: Isa>(row: &mut [T::Acc], other: &[T::Acc], factor: T::Acc) {
+    let factor = T::V::<I>::splat(factor);
+    each_vector!(T, I, row.len(), d, {
+        T::V::<I>::load(&row[d..]).sub(T::V::<I>::load(&other[d..])).mul(factor).store(&mut row[d..]);
+    });
+}
+
+/// `row += other`.
+#[inline(always)]
+pub fn add<T: SimdElement, I: Isa>(row: &mut [T::Acc], other: &[T::Acc]) {
+    each_vector!(T, I, row.len(), d, {
+        T::V::<I>::load(&row[d..]).add(T::V::<I>::load(&other[d..])).store(&mut row[d..]);
+    });
+}
+
+/// `row += factor * other`.
+#[inline(always)]
+pub fn add_scaled<T: SimdElement, I: Isa>(row: &mut [T::Acc], factor: T::Acc, other: &[T::Acc]) {
+    let factor = T::V::<I>::splat(factor);
+    each_vector!(T, I, row.len(), d, {
+        T::V::<I>::load(&other[d..]).mul_add(factor, T::V::<I>::load(&row[d..])).store(&mut row[d..]);
+    });
+}
+
+/// Powers of two below this are 0 to [`decay`]: with products of two of them, nothing comes near denormals, which take hundreds of cycles.
+const LEAST_EXPONENT: f64 = -50.0;
+
+/// `2^x` for `x <= 0`, as far as it is more than a rounding error of anything else; NaN for NaN.
+#[inline(always)]
+pub fn decay<T: SimdElement, I: Isa>(x: T::V<I>) -> T::V<I> {
+    let least = T::V::<I>::splat(T::Acc::from_f64(LEAST_EXPONENT));
+    least.select_gt(x, T::V::<I>::splat(T::Acc::ZERO), exp2::<T, I>(x))
+}
+
+/// `out = 2^exponents`, by [`decay`].
+#[inline(always)]
+pub fn decays<T: SimdElement, I: Isa>(exponents: &[T::Acc], out: &mut [T::Acc]) {
+    each_vector!(T, I, out.len(), d, {
+        decay::<T, I>(T::V::<I>::load(&exponents[d..])).store(&mut out[d..]);
+    });
+}
+
+/// `columns[d][i] = rows[i][d]` for `count` rows and `width` elements of each, both of whole vectors; strides are of each side.
+#[inline(always)]
+pub fn transpose<T: SimdElement, I: Isa>(
+    (rows, row_stride): (&[T::Acc], usize),
+    (columns, column_stride): (&mut [T::Acc], usize),
+    [count, width]: [usize; 2],
+) {
+    each_vector!(T, I, count, i, {
+        each_vector!(T, I, width, d, {
+            let mut block = T::V::<I>::zero_block();
+            for (r, row) in block.as_mut().iter_mut().enumerate() {
+                *row = T::V::<I>::load(&rows[(i + r) * row_stride + d..]);
+            }
+            let block = T::V::<I>::transpose(block);
+            for (r, &column) in block.as_ref().iter().enumerate() {
+                column.store(&mut columns[(d + r) * column_stride + i..]);
+            }
+        });
+    });
+}
