@@ -3,8 +3,9 @@
 Inputs of any floating dtype are widened exactly; results are float64.
 """
 
+from . import recurrent
 from .backward import attention_backward
 from .exact import attention, scaled_dot_product_attention
 from .varlen import attention_varlen
 
-__all__ = ["attention", "attention_backward", "attention_varlen", "scaled_dot_product_attention"]
+__all__ = ["attention", "attention_backward", "attention_varlen", "recurrent", "scaled_dot_product_attention"]
