@@ -24,6 +24,21 @@ pub fn scale<T: SimdElement, I: Isa>(row: &mut [T::Acc], factor: T::Acc) {
     });
 }
 
+/// What fades below this is gone.
+const TINY: f64 = 1e-30;
+
+/// `row *= fade`; what comes near denormals becomes 0.
+#[inline(always)]
+pub fn fade_away<T: SimdElement, I: Isa>(row: &mut [T::Acc], fade: T::Acc) {
+    let (zero, tiny) = (T::V::<I>::splat(T::Acc::ZERO), T::V::<I>::splat(T::Acc::from_f64(TINY)));
+    let fade = T::V::<I>::splat(fade);
+    each_vector!(T, I, row.len(), d, {
+        let x = T::V::<I>::load(&row[d..]).mul(fade);
+        // NaN is neither above nor below.
+        x.max(zero.sub(x)).select_gt(tiny, x, zero).add(x.sub(x)).store(&mut row[d..]);
+    });
+}
+
 /// `row *= factors`, element by element.
 #[inline(always)]
 pub fn multiply<T: SimdElement, I: Isa>(row: &mut [T::Acc], factors: &[T::Acc]) {
@@ -66,6 +81,17 @@ const LEAST_EXPONENT: f64 = -50.0;
 pub fn decay<T: SimdElement, I: Isa>(x: T::V<I>) -> T::V<I> {
     let least = T::V::<I>::splat(T::Acc::from_f64(LEAST_EXPONENT));
     least.select_gt(x, T::V::<I>::splat(T::Acc::ZERO), exp2::<T, I>(x))
+}
+
+/// Products of decays, in the place of the first ones; 0 below what [`decay`] keeps.
+#[inline(always)]
+pub fn multiply_decays<T: SimdElement, I: Isa>(row: &mut [T::Acc], factors: &[T::Acc]) {
+    let zero = T::V::<I>::splat(T::Acc::ZERO);
+    let least = T::V::<I>::splat(T::Acc::from_f64(LEAST_EXPONENT.exp2()));
+    each_vector!(T, I, row.len(), d, {
+        let product = T::V::<I>::load(&row[d..]).mul(T::V::<I>::load(&factors[d..]));
+        least.select_gt(product, zero, product).store(&mut row[d..]);
+    });
 }
 
 /// `out = 2^exponents`, by [`decay`].

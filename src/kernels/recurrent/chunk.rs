@@ -2,7 +2,8 @@
 
 use super::pairs::{ChannelScratch, Gates, Left, Right, Size, fade};
 use super::rows::HeadRows;
-use super::{Decay, RecurrentArgs, RecurrentOut, Rule, Sequence};
+use super::states::Flat;
+use super::{Decay, MOST_HEADS, RecurrentArgs, RecurrentOut, Rule, Sequence};
 use crate::dtype::Float;
 use crate::math::elementwise::{add_scaled, scale, subtract_and_scale};
 use crate::math::load::{MAX_LANES, store_scaled};
@@ -11,41 +12,57 @@ use crate::math::triangular::substitute;
 use crate::simd::{Isa, SimdElement, Wide};
 use crate::workspace::{Scratch, carve};
 use std::f64::consts::LOG2_E;
+use std::ops::Range;
 
 /// Rows that share a factor when gates are of channels; chunks are of whole blocks.
 pub const BLOCK: usize = MAX_LANES;
 /// The longest chunk.
 pub const MAX_CHUNK: usize = 64;
 
-/// Works through sequence `number` for a value head, in chunks of `size` tokens.
+/// Works through sequence `number` for some value heads, which take turns, in chunks of `size` tokens.
 #[inline(always)]
-pub fn run<T: SimdElement, I: Isa>(args: &RecurrentArgs<'_, T>, out: &RecurrentOut<'_, T>, number: usize, head: usize, size: usize)
-where
+pub fn run<T: SimdElement, I: Isa>(
+    args: &RecurrentArgs<'_, T>,
+    out: &RecurrentOut<'_, T>,
+    number: usize,
+    heads: Range<usize>,
+    size: usize,
+) where
     T::Acc: Wide,
 {
     let shape = &args.shape;
     let sequence = args.sequences[number];
     let (width, width_v) = (row_width(shape.head_dim), row_width(shape.head_dim_v));
-    let mut scratch = Scratch::take::<T::Acc>(scratch_len(args, size));
-    let mut rest = scratch.as_mut_slice::<T::Acc>();
-    let mut head = Head::<T> {
+    let state_len = width * stride_of(width_v);
+    let mut scratch = Scratch::take::<T::Acc>(heads.len() * state_len + scratch_len(args, size));
+    let (states, rest) = scratch.as_mut_slice::<T::Acc>().split_at_mut(heads.len() * state_len);
+    let mut work = Head::<T> {
         args,
         out,
         sequence,
-        head,
+        head: 0,
         size: Size { rows: 0, chunk: size, width, stride: stride_of(width) },
         width_v,
         stride_v: stride_of(width_v),
-        state: carve(&mut rest, width * stride_of(width_v)),
     };
-    let flat = out.states.of(number, head.head, shape);
-    out.states.load(&flat, (number, head.head), (head.state, head.stride_v), &mut rest[..shape.head_dim * shape.head_dim_v]);
+    let mut flats: [Option<Flat<'_, T::Acc>>; MOST_HEADS] = [const { None }; MOST_HEADS];
+    for (i, head) in heads.clone().enumerate() {
+        let flat = out.states.of(number, head, shape);
+        let state = (&mut states[i * state_len..][..state_len], work.stride_v);
+        out.states.load(&flat, (number, head), state, &mut rest[..shape.head_dim * shape.head_dim_v]);
+        flats[i] = Some(flat);
+    }
     for first in (0..sequence.len).step_by(size) {
         let count = size.min(sequence.len - first);
-        head.size.rows = count.next_multiple_of(BLOCK);
-        head.chunk::<I>(first, count, rest);
+        work.size.rows = count.next_multiple_of(BLOCK);
+        for (i, head) in heads.clone().enumerate() {
+            work.head = head;
+            work.chunk::<I>(first, count, &mut states[i * state_len..][..state_len], rest);
+        }
     }
-    flat.store(head.state, head.stride_v);
+    for (i, flat) in flats.into_iter().flatten().enumerate() {
+        flat.store(&states[i * state_len..][..state_len], work.stride_v);
+    }
 }
 
 /// A gate in base 2. Below the bound nothing is left, and sums of an infinite one would have no difference.
@@ -54,7 +71,7 @@ fn step_gate(gate: f64) -> f64 {
 }
 
 /// One head of one sequence.
-struct Head<'a, 's, T: SimdElement> {
+struct Head<'a, T: SimdElement> {
     args: &'a RecurrentArgs<'a, T>,
     out: &'a RecurrentOut<'a, T>,
     sequence: Sequence,
@@ -64,8 +81,6 @@ struct Head<'a, 's, T: SimdElement> {
     width_v: usize,
     /// Elements from one row of values, or of the state, to the next.
     stride_v: usize,
-    /// `[width, stride_v]`.
-    state: &'s mut [T::Acc],
 }
 
 /// Rows that read beside the queries, and rows that are written beside the keys.
@@ -86,20 +101,21 @@ fn scratch_len<T: SimdElement>(args: &RecurrentArgs<'_, T>, chunk: usize) -> usi
     let (width, width_v) = (row_width(args.shape.head_dim), row_width(args.shape.head_dim_v));
     let [reads, writes] = seconds(&args.rule).map(usize::from);
     let (stride, stride_v) = (stride_of(width), stride_of(width_v));
-    let state = width * stride_v + args.shape.head_dim * args.shape.head_dim_v;
-    let rows = (3 + reads + writes) * chunk * stride;
+        let rows = (3 + reads + writes) * chunk * stride;
     let columns = (2 + writes) * chunk * width;
     let products = (1 + reads) * (1 + writes) * chunk * chunk;
     let channels = (MAX_CHUNK / BLOCK + 3) * width;
-    state + rows + columns + products + channels + 3 * chunk * stride_v
+    let values = 3 * chunk * stride_v;
+    (rows + columns + products + channels + values).max(args.shape.head_dim * args.shape.head_dim_v)
 }
 
-impl<T: SimdElement> Head<'_, '_, T>
+impl<T: SimdElement> Head<'_, T>
 where
     T::Acc: Wide,
 {
+    /// Works through `count` tokens; the state is `[width, stride_v]`.
     #[inline(always)]
-    fn chunk<I: Isa>(&mut self, first: usize, count: usize, mut rest: &mut [T::Acc]) {
+    fn chunk<I: Isa>(&self, first: usize, count: usize, state: &mut [T::Acc], mut rest: &mut [T::Acc]) {
         let (args, size, width_v, stride_v) = (self.args, self.size, self.width_v, self.stride_v);
         let Size { rows, chunk, width, stride } = size;
         let [reads, writes] = seconds(&args.rule);
@@ -154,7 +170,7 @@ where
             }
             Rule::Delta(beta) => {
                 let left = &mut lefts[1];
-                self.read::<I>(left.rows, sums);
+                self.read::<I>(state, left.rows, sums);
                 for i in 0..rows {
                     let beta = self.beta(beta.as_ref(), first, i, count);
                     let (read, value) = (&sums[i * stride_v..][..width_v], &mut written[i * stride_v..][..width_v]);
@@ -165,12 +181,12 @@ where
             }
             Rule::LowRank { .. } => {
                 let left = &lefts[1];
-                self.read::<I>(left.rows, extra);
+                self.read::<I>(state, left.rows, extra);
                 self.add_met::<I>(left.products[0], written, extra);
                 substitute::<T::Acc, I>((left.products[1], chunk), (extra, stride_v), [rows, width_v]);
             }
         }
-        self.read::<I>(lefts[0].rows, sums);
+        self.read::<I>(state, lefts[0].rows, sums);
         self.add_met::<I>(lefts[0].products[0], written, sums);
         if low_rank {
             self.add_met::<I>(lefts[0].products[1], extra, sums);
@@ -187,7 +203,7 @@ where
         for (right, written) in rights.iter().zip([&*written, &*extra]) {
             let factors = Factors { data: right.columns, row: chunk, step: 1 };
             let size = [args.shape.head_dim.next_multiple_of(ROW_STEP), rows, width_v];
-            scale_and_add::<T::Acc, I>(alpha.take(), factors, Rows::new(written, stride_v), (self.state, stride_v), size);
+            scale_and_add::<T::Acc, I>(alpha.take(), factors, Rows::new(written, stride_v), (&mut *state, stride_v), size);
         }
     }
 
@@ -278,11 +294,11 @@ where
 
     /// What faded rows read of the state.
     #[inline(always)]
-    fn read<I: Isa>(&self, left: &[T::Acc], into: &mut [T::Acc]) {
+    fn read<I: Isa>(&self, state: &[T::Acc], left: &[T::Acc], into: &mut [T::Acc]) {
         let Size { rows, stride, .. } = self.size;
         into[..rows * self.stride_v].fill(T::Acc::ZERO);
         let factors = Factors { data: left, row: stride, step: 1 };
-        let state = Rows::new(self.state, self.stride_v);
+        let state = Rows::new(state, self.stride_v);
         add_product::<T::Acc, I>(factors, state, (into, self.stride_v), [rows, self.args.shape.head_dim, self.width_v]);
     }
 

@@ -66,10 +66,17 @@ pub enum Form {
     Steps,
 }
 
+/// Heads whose rows lie side by side take turns, chunk by chunk: so many share the pages of memory that they lie on.
+const MOST_HEADS: usize = 8;
+/// So many tasks for each thread even out what differs between threads.
+const TASKS_PER_THREAD: usize = 4;
+
 struct Heads<'a, T: Element> {
     args: &'a RecurrentArgs<'a, T>,
     out: &'a RecurrentOut<'a, T>,
     form: Form,
+    /// Heads of a task.
+    group: usize,
 }
 
 /// The chunk of [`Form::Auto`].
@@ -82,13 +89,19 @@ where
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
         let heads = self.args.shape.num_value_heads;
-        let (number, head) = (index / heads, index % heads);
+        let groups = heads.div_ceil(self.group);
+        let number = index / groups;
+        let first = index % groups * self.group;
+        let heads = first..heads.min(first + self.group);
         let few = self.args.sequences[number].len <= FEW_TOKENS;
-        match self.form {
-            Form::Steps => step::run::<T, I>(self.args, self.out, number, head),
-            Form::Auto if few => step::run::<T, I>(self.args, self.out, number, head),
-            Form::Auto => chunk::run::<T, I>(self.args, self.out, number, head, CHUNK),
-            Form::Chunks(size) => chunk::run::<T, I>(self.args, self.out, number, head, size),
+        let chunk = match self.form {
+            Form::Steps => None,
+            Form::Auto => (!few).then_some(CHUNK),
+            Form::Chunks(size) => Some(size),
+        };
+        match chunk {
+            Some(size) => chunk::run::<T, I>(self.args, self.out, number, heads, size),
+            None => heads.for_each(|head| step::run::<T, I>(self.args, self.out, number, head)),
         }
     }
 }
@@ -104,6 +117,7 @@ where
     if let Form::Chunks(size) = form {
         assert!(size > 0 && size.is_multiple_of(BLOCK) && size <= MAX_CHUNK, "chunks of {size} tokens");
     }
-    let tasks = args.sequences.len() * args.shape.num_value_heads;
-    for_each_tile(level, threads, tasks, &Heads { args, out, form });
+    let heads = args.shape.num_value_heads;
+    let group = (args.sequences.len() * heads / (TASKS_PER_THREAD * threads.max(1))).clamp(1, MOST_HEADS);
+    for_each_tile(level, threads, args.sequences.len() * heads.div_ceil(group), &Heads { args, out, form, group });
 }

@@ -7,16 +7,13 @@
 //! fades by no more than [`LIMIT`]; the channels that fade more are summed pair by pair.
 
 use super::chunk::{BLOCK, MAX_CHUNK};
-use crate::math::elementwise::{add, add_scaled, decay, decays, multiply, scale, transpose};
+use crate::math::elementwise::{add, add_scaled, decay, decays, fade_away, multiply, multiply_decays, scale, transpose};
 use crate::math::load::MAX_LANES;
 use crate::math::product::{Factors, Rows, add_product};
 use crate::simd::{Isa, Vector, Wide};
 
 /// Powers of two by which right rows are brought back at most: their exponents are then exact to `LIMIT` units in the last place of 1.
 const LIMIT: f64 = 16.0;
-
-/// What fades below this is gone: denormals take hundreds of cycles.
-const TINY: f64 = 1e-30;
 
 /// The sizes of a chunk.
 #[derive(Clone, Copy)]
@@ -194,11 +191,8 @@ fn by_channel<E: Wide, I: Isa>(
         for d in (0..width).filter(|&d| scratch.total[d].to_f64() < -LIMIT) {
             let fades = fades_of::<E, I>(gates, (d, stride));
             for (number, right) in rights.iter().enumerate() {
-                for left in lefts.iter_mut() {
-                    let sums = (&mut left.products[number][first * chunk + first..], chunk);
-                    let rows = (&left.rows[span.clone()], left.exclusive, &right.rows[span.clone()]);
-                    strong_channel::<E, I>(rows, &fades, (d, stride), sums);
-                }
+                let right = &right.rows[span.clone()];
+                strong_channel::<E, I>(lefts, (number, right), &fades, (d, first), &size);
             }
         }
         decays::<E, I>(scratch.total, &mut scratch.blocks[block * width..][..width]);
@@ -209,7 +203,7 @@ fn by_channel<E: Wide, I: Isa>(
         }
         for (number, right) in rights.iter().enumerate() {
             let blocks = &scratch.blocks[..(block + 1) * width];
-            bring_back(blocks, (scratch.total, width), &mut *scratch.ratio, (right.columns, chunk), scratch.columns);
+            bring_back::<E, I>(blocks, (scratch.total, width), &mut *scratch.ratio, (right.columns, chunk), scratch.columns);
             for left in lefts.iter_mut() {
                 let factors = Factors { data: &left.rows[span.start..], row: stride, step: 1 };
                 let sums = (&mut left.products[number][first * chunk..], chunk);
@@ -225,10 +219,10 @@ fn by_channel<E: Wide, I: Isa>(
                 multiply::<E, I>(&mut left.rows[i * stride..][..width], alpha);
             }
         }
-        multiply::<E, I>(alpha, &scratch.blocks[block * width..][..width]);
+        multiply_decays::<E, I>(alpha, &scratch.blocks[block * width..][..width]);
     }
     for right in rights.iter_mut() {
-        to_the_end(&scratch.blocks[..rows / BLOCK * width], width, scratch.ratio, (&mut *right.columns, chunk));
+        to_the_end::<E, I>(&scratch.blocks[..rows / BLOCK * width], width, scratch.ratio, (&mut *right.columns, chunk));
     }
 }
 
@@ -280,36 +274,32 @@ fn fades_of<E: Wide, I: Isa>(gates: &[E], (channel, stride): (usize, usize)) -> 
     fades
 }
 
-/// Adds the products of one channel of a block, pair by pair.
+/// Adds the products of one channel of the block from row `first` on with right rows `number`, pair by pair.
 #[inline(always)]
 fn strong_channel<E: Wide, I: Isa>(
-    (left, exclusive, right): (&[E], bool, &[E]),
+    lefts: &mut [Left<'_, E>],
+    (number, right): (usize, &[E]),
     fades: &[E; BLOCK],
-    (channel, stride): (usize, usize),
-    (sums, chunk): (&mut [E], usize),
+    (channel, first): (usize, usize),
+    size: &Size,
 ) {
-    // Rows as they were written, faded up to the row that reads; what is not yet written is 0.
+    // What was written, faded up to the row that reads; what is not yet written is 0.
     let mut writes = [E::ZERO; BLOCK];
     for (i, &fade) in fades.iter().enumerate() {
-        let read = left[i * stride + channel];
-        let sums = &mut sums[i * chunk..][..BLOCK];
-        if exclusive {
-            add_scaled::<E, I>(sums, read, &writes);
-        }
-        for write in &mut writes {
-            let faded = *write * fade;
-            *write = if faded.to_f64().abs() > TINY { faded } else { E::ZERO };
-        }
-        writes[i] = right[i * stride + channel];
-        if !exclusive {
-            add_scaled::<E, I>(sums, read, &writes);
+        let before = writes;
+        fade_away::<E, I>(&mut writes, fade);
+        writes[i] = right[i * size.stride + channel];
+        for left in lefts.iter_mut() {
+            let read = left.rows[(first + i) * size.stride + channel];
+            let met = if left.exclusive { &before } else { &writes };
+            add_scaled::<E, I>(&mut left.products[number][(first + i) * size.chunk + first..][..BLOCK], read, met);
         }
     }
 }
 
 /// Columns of all blocks up to the last one of `blocks`, each from the end of its block to the start of that one.
 #[inline(always)]
-fn bring_back<E: Wide>(
+fn bring_back<E: Wide, I: Isa>(
     blocks: &[E],
     (total, width): (&[E], usize),
     ratio: &mut [E],
@@ -324,9 +314,7 @@ fn bring_back<E: Wide>(
     ratio.fill(E::from_f64(1.0));
     for block in (0..last).rev() {
         scaled_block(ratio, (columns, out, chunk), block);
-        for (ratio, &fade) in ratio.iter_mut().zip(&blocks[block * width..]) {
-            *ratio = *ratio * fade;
-        }
+        multiply_decays::<E, I>(ratio, &blocks[block * width..][..width]);
     }
 }
 
@@ -342,15 +330,13 @@ fn scaled_block<E: Wide>(ratio: &[E], (columns, out, chunk): (&[E], &mut [E], us
 
 /// Fades columns from the end of their blocks to the end of the last one.
 #[inline(always)]
-fn to_the_end<E: Wide>(blocks: &[E], width: usize, ratio: &mut [E], (columns, chunk): (&mut [E], usize)) {
+fn to_the_end<E: Wide, I: Isa>(blocks: &[E], width: usize, ratio: &mut [E], (columns, chunk): (&mut [E], usize)) {
     ratio.fill(E::from_f64(1.0));
-    for (block, fades) in blocks.chunks_exact(width).enumerate().rev() {
-        for (d, (ratio, &fade)) in ratio.iter_mut().zip(fades).enumerate() {
+    for block in (0..blocks.len() / width).rev() {
+        for (d, &ratio) in ratio.iter().enumerate() {
             let at = d * chunk + block * BLOCK;
-            for x in &mut columns[at..at + BLOCK] {
-                *x = *x * *ratio;
-            }
-            *ratio = *ratio * fade;
+            scale::<E, I>(&mut columns[at..at + BLOCK], ratio);
         }
+        multiply_decays::<E, I>(ratio, &blocks[block * width..][..width]);
     }
 }
