@@ -90,6 +90,7 @@ class Learner:
     def __init__(
         self, wrapped: Any, name: str, seed: int, attention: Callable[[], AbstractContextManager[Any]]
     ) -> None:
+        """Adds the adapters to the model."""
         import peft
         import torch
 

@@ -4,8 +4,8 @@
 whether the weights of a query are divided by their sum. The log-sum-exp that is returned is then the logarithm of that sum.
 
 Sources: sigmoid attention, Ramapuram et al. 2024; ReLU attention, Wortsman et al. 2023 and Shen et al. 2023; squared ReLU in
-gated attention units, Hua et al. 2022; softplus attention and its re-weighting, Gao and Spratling 2025; Power-Softmax, Zimerman et al.
-2024.
+gated attention units, Hua et al. 2022; softplus attention and its re-weighting, Gao and Spratling 2025; Power-Softmax,
+Zimerman et al. 2024.
 """
 
 from __future__ import annotations
