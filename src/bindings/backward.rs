@@ -222,6 +222,10 @@ impl<'py> Dense<'py> {
         named: &Named<'py>,
     ) -> PyResult<Self> {
         let inputs = Inputs::read(qkv, &named.asked())?;
+        if inputs.options.mods().reweighting.is_some() {
+            let (what, instead) = ("normalizer: the gradient of Softplus(reweight=...)", "that of Softplus() is");
+            return Err(Error::Unsupported { what: what.into(), instead: instead.into() }.into());
+        }
         let AttnShape { batch, seqlen_q, num_heads, head_dim_v, .. } = inputs.shape;
         let shapes = (&[batch, seqlen_q, num_heads, head_dim_v][..], &[batch, num_heads, seqlen_q][..]);
         let results = Results::read(&inputs.q, results, d_lse, shapes)?;

@@ -4,7 +4,7 @@ use super::integers::{self, NEGATIVE, read_signed};
 use crate::error::Error;
 use crate::kernels::mask::{RowRanges, Window};
 use crate::kernels::mask_rules::{Band, Extents, Ids, Padding, Rule};
-use crate::kernels::score_mod::Normalizer;
+use crate::kernels::score_mod::{Normalizer, Reweighting};
 use pyo3::prelude::*;
 use pyo3::types::{PyString, PyTuple};
 
@@ -131,17 +131,22 @@ fn intervals(parts: &Bound<'_, PyTuple>, extents: Extents, heads: usize) -> PyRe
     Ok(RowRanges { indptr, intervals, strides: [by_batch, by_head, 1] })
 }
 
-/// Reads a normaliser.
+/// Reads a normaliser, and what becomes of its weights.
 ///
 /// # Errors
 /// [`Error::Kind`] naming `normalizer`.
-pub fn normalizer(object: &Bound<'_, PyAny>) -> PyResult<Normalizer> {
+pub fn normalizer(object: &Bound<'_, PyAny>) -> PyResult<(Normalizer, Option<Reweighting<'static>>)> {
     let Some((name, parts)) = named(object) else { return Err(unknown("normalizer", "subquad.normalizers", object)) };
-    Ok(match name.as_str() {
+    let normalizer = match name.as_str() {
         "sigmoid" => Normalizer::Sigmoid { bias: parts.get_item(1)?.extract()? },
         "softplus" => Normalizer::Softplus,
         "relu" => Normalizer::Relu { power: parts.get_item(1)?.extract()?, normalize: parts.get_item(2)?.extract()? },
         "power" => Normalizer::Power { power: parts.get_item(1)?.extract()? },
         _ => return Err(unknown("normalizer", "subquad.normalizers", object)),
-    })
+    };
+    let reweighting = match normalizer {
+        Normalizer::Softplus if parts.len() > 1 => Some(Reweighting { power: parts.get_item(1)?.extract()?, gains: None }),
+        _ => None,
+    };
+    Ok((normalizer, reweighting))
 }

@@ -9,7 +9,7 @@ use crate::index::{Segment, Segments};
 use crate::kernels::dropout::Dropout;
 use crate::kernels::mask::{Mask, RowRanges, Window, Windows};
 use crate::kernels::mask_rules::Extents;
-use crate::kernels::score_mod::{Normalizer, RowTable, Scale, ScoreMod};
+use crate::kernels::score_mod::{Normalizer, Reweighting, RowTable, Scale, ScoreMod};
 use crate::tensor::{AttnShape, shape_text};
 use half::{bf16, f16};
 use pyo3::prelude::*;
@@ -255,6 +255,7 @@ pub struct Options {
     alibi_slopes: Option<Table>,
     sinks: Option<Table>,
     normalizer: Normalizer,
+    reweighting: Option<Reweighting<'static>>,
     dropout: Option<Dropout>,
 }
 
@@ -273,6 +274,7 @@ impl Options {
             alibi_slopes: None,
             sinks: None,
             normalizer: Normalizer::Softmax,
+            reweighting: None,
             dropout: None,
         }
     }
@@ -312,7 +314,7 @@ impl Options {
         options.alibi_slopes = table("alibi_slopes", given.alibi_slopes, Align::Heads)?;
         options.sinks = table("sinks", given.sinks, Align::HeadsOrRows)?;
         if let Some(normalizer) = given.normalizer {
-            options.normalizer = masks::normalizer(normalizer)?;
+            (options.normalizer, options.reweighting) = masks::normalizer(normalizer)?;
         }
         options.dropout = dropout(given.dropout_p, given.dropout_seed)?;
         if options.sinks.is_some() && options.normalizer != Normalizer::Softmax {
@@ -368,6 +370,7 @@ impl Options {
             alibi_slopes: self.alibi_slopes.as_ref().map(Table::view),
             sinks: self.sinks.as_ref().map(Table::view),
             normalizer: self.normalizer,
+            reweighting: self.reweighting,
             dropout: self.dropout,
         }
     }

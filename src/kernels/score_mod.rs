@@ -129,6 +129,46 @@ impl Normalizer {
     }
 }
 
+/// Re-weighting spares queries that see up to so many keys.
+pub const FEW_KEYS: usize = 3;
+
+/// A second weighing of weights `w` with the sum `l` over `n` keys: `max(n w / l - 1, 0)^power`, without the 1 for few keys.
+#[derive(Debug, Clone, Copy)]
+pub struct Reweighting<'a> {
+    /// The exponent.
+    pub power: f64,
+    /// `n / l` of each query, once the first weights are summed.
+    pub gains: Option<RowTable<'a>>,
+}
+
+/// The second weighing of one query's weights.
+#[derive(Debug, Clone, Copy)]
+pub struct Emphasis {
+    power: f64,
+    gain: f64,
+    threshold: f64,
+}
+
+impl Emphasis {
+    /// The gain of weights with that sum.
+    pub fn gain(keys: usize, sum: f64) -> f64 {
+        if sum == 0.0 { 0.0 } else { keys as f64 / sum }
+    }
+
+    /// Of a query that sees so many keys.
+    pub fn new(power: f64, gain: f64, keys: usize) -> Self {
+        Self { power, gain, threshold: if keys > FEW_KEYS { 1.0 } else { 0.0 } }
+    }
+
+    /// The new weight.
+    #[inline(always)]
+    pub fn weigh(&self, weight: f64) -> f64 {
+        let lifted = self.gain * weight - self.threshold;
+        // NaN goes on.
+        if lifted < 0.0 { 0.0 } else { lifted.powf(self.power) }
+    }
+}
+
 /// What changes scores, beside biases.
 #[derive(Debug, Clone, Copy)]
 pub struct ScoreMod<'a> {
@@ -142,6 +182,8 @@ pub struct ScoreMod<'a> {
     pub sinks: Option<RowTable<'a>>,
     /// How scores become weights.
     pub normalizer: Normalizer,
+    /// What becomes of the weights of softplus.
+    pub reweighting: Option<Reweighting<'a>>,
     /// Which weights are dropped on the way to the output.
     pub dropout: Option<Dropout>,
 }
@@ -155,6 +197,7 @@ impl ScoreMod<'_> {
             alibi_slopes: None,
             sinks: None,
             normalizer: Normalizer::Softmax,
+            reweighting: None,
             dropout: None,
         }
     }

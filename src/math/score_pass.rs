@@ -154,21 +154,21 @@ pub fn peak<T: SimdElement, I: Isa>(column: &Column<'_, T::Acc>, keys: Range<usi
     peaks[0].max(peaks[1]).max(peaks[2].max(peaks[3]))
 }
 
-/// Replaces each score by its weight; those of hidden keys stay `-inf`.
+/// Replaces each score by its weight, given its lane; those of hidden keys stay `-inf`.
 #[inline(always)]
-pub fn map<T: SimdElement, I: Isa>(column: &mut Column<'_, T::Acc>, keys: Range<usize>, weight: impl Fn(f64) -> f64) {
+pub fn map<T: SimdElement, I: Isa>(column: &mut Column<'_, T::Acc>, keys: Range<usize>, weight: impl Fn(usize, f64) -> f64) {
     let lanes = T::V::<I>::LANES;
     for j in keys {
         map_row(&mut column.rows[j * column.stride..][..lanes], &weight);
     }
 }
 
-/// As [`map`], for scores in a row.
+/// As [`map`], for scores in a row, given their places.
 #[inline(always)]
-pub fn map_row<A: Float>(scores: &mut [A], weight: impl Fn(f64) -> f64) {
-    for score in scores {
+pub fn map_row<A: Float>(scores: &mut [A], weight: impl Fn(usize, f64) -> f64) {
+    for (place, score) in scores.iter_mut().enumerate() {
         if *score != A::NEG_INFINITY {
-            *score = A::from_f64(weight(score.to_f64()));
+            *score = A::from_f64(weight(place, score.to_f64()));
         }
     }
 }

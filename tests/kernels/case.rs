@@ -4,9 +4,9 @@ use subquad::dtype::{Element, Float};
 use subquad::index::Segments;
 use subquad::kernels::bias::{Bias, BiasView};
 use subquad::kernels::dropout::Dropout;
-use subquad::kernels::exact::{Blocking, ExactArgs, ExactOut, decode, naive, prefill};
+use subquad::kernels::exact::{self, Blocking, ExactArgs, ExactOut, decode, naive, prefill};
 use subquad::kernels::mask::{Mask, RowRanges, Window, Windows};
-use subquad::kernels::score_mod::{Normalizer, RowTable, Scale, ScoreMod};
+use subquad::kernels::score_mod::{Normalizer, Reweighting, RowTable, Scale, ScoreMod};
 use subquad::parallel::RowWriter;
 use subquad::simd::{Level, SimdElement};
 use subquad::tensor::{AttnShape, Tensor};
@@ -48,6 +48,8 @@ pub struct Mods {
     /// Diagonals, the same for all heads.
     pub toeplitz: Option<Vec<f32>>,
     pub normalizer: Normalizer,
+    /// A power.
+    pub reweight: Option<f64>,
     pub dropout: Option<Dropout>,
 }
 
@@ -144,6 +146,7 @@ impl<T: SimdElement> Case<T> {
                 alibi_slopes: table(self.mods.slopes.as_ref(), [0, 1, 0]),
                 sinks: table(self.mods.sinks.as_ref(), [0, 1, 0]),
                 normalizer: self.mods.normalizer,
+                reweighting: self.mods.reweight.map(|power| Reweighting { power, gains: None }),
                 dropout: self.mods.dropout,
             },
         };
@@ -183,6 +186,16 @@ impl<T: SimdElement> Case<T> {
                 self.compare(&decode(1), &expected, tolerance, &format!("decode {} {kind:?} {splits:?}", level.name()));
                 assert_same(&decode(1).0, &decode(3).0);
             }
+        }
+    }
+
+    /// Checks the entry that chooses the form.
+    pub fn check_forward(&self, kind: BiasKind, blocking: Blocking, tolerance: f64) {
+        let expected = self.run(kind, naive::forward);
+        for level in Level::available() {
+            let forward = |threads| self.run(kind, |a, o| exact::forward(a, o, level, threads, blocking));
+            self.compare(&forward(1), &expected, tolerance, &format!("forward {} {kind:?} {blocking:?}", level.name()));
+            assert_same(&forward(1).0, &forward(3).0);
         }
     }
 

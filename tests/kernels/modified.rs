@@ -118,6 +118,21 @@ fn normalizers() {
 }
 
 #[test]
+fn reweighted_softplus() {
+    for (q, k, heads, dims) in SHAPES {
+        let s = shape(2, q, k, heads, dims);
+        for seen in [Seen::causal_bottom_right(q, k), Seen::window(k as isize - q as isize, 40, 3), gaps(q, k)] {
+            let mods = Mods { normalizer: Normalizer::Softplus, reweight: Some(3.0), ..Mods::default() };
+            let case = Case::<f64> { mods: mods.clone(), ..Case::new(s, seen.clone(), 1.0) };
+            case.check_forward(BiasKind::None, Blocking::default(), 1e-11);
+            case.check_forward(BiasKind::Dense, TINY, 1e-11);
+            let case = Case::<f32> { mods, ..Case::new(s, seen, 1.0) };
+            case.check_forward(BiasKind::Bool, TINY, 1e-4);
+        }
+    }
+}
+
+#[test]
 fn gaps_hide_what_is_not_finite() {
     for q in [3, 90] {
         let mut case = Case::<f32>::new(shape(1, q, 300, (2, 1), (16, 16)), gaps(q, 300), 1.0);

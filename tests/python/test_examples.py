@@ -46,22 +46,29 @@ def model():
 def test_both_runs_learn_the_same(example, model, tmp_path):
     before = {name: x.clone() for name, x in model.state_dict().items()}
     sequences = torch.arange(24).repeat(6, 1) % 7
-    runs, rest = example.compare(model, sequences, seed=0)
-    assert list(runs) == ["torch", "subquad"]
-    torch.testing.assert_close(*(torch.tensor(run.losses) for run in runs.values()), rtol=0, atol=1e-4)
+    runs = example.compare(model, sequences, seed=0)
+    assert list(runs) == ["torch", "subquad", "none"]
+    torch.testing.assert_close(
+        *(torch.tensor(runs[name].losses) for name in ("torch", "subquad")), rtol=0, atol=1e-4
+    )
     for run in runs.values():
         assert len(run.losses) == len(run.seconds) == 6
         assert run.losses[-1] < run.losses[0]
-    assert rest > 0
+    assert runs["none"].losses != runs["torch"].losses
     assert model.config._attn_implementation == "sdpa"
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(x, after[name]) for name, x in before.items())
-    lines = example.report(runs, rest)
+    lines = example.report(runs)
     assert lines[0].startswith("torch")
     assert "losses differ by" in lines[-1]
     example.plot(runs, tmp_path / "losses.png")
     assert (tmp_path / "losses.png").stat().st_size > 1000
+
+
+def test_the_share_is_that_of_the_same_steps(example):
+    run, rest = example.Training(seconds=[9.0, 3.0, 5.0, 9.0]), example.Training(seconds=[1.0, 2.0, 4.0, 2.0])
+    assert run.seconds_beyond(rest) == 1.0
 
 
 def test_the_stand_in_has_gradients_everywhere(example):

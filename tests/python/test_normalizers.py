@@ -10,6 +10,7 @@ def test_lowering():
     assert Sigmoid()._lowered() == ("sigmoid", 0.0)
     assert Sigmoid(-3)._lowered() == ("sigmoid", -3.0)
     assert Softplus()._lowered() == ("softplus",)
+    assert Softplus(reweight=3)._lowered() == ("softplus", 3.0)
     assert ReLU()._lowered() == ("relu", 1.0, True)
     assert ReLU(2, normalize=False)._lowered() == ("relu", 2.0, False)
     assert Power(np.float32(4))._lowered() == ("power", 4.0)
@@ -32,6 +33,9 @@ def test_they_are_values():
         (lambda: Sigmoid(np.nan), ValueError, r"bias: .*nan"),
         (lambda: Sigmoid("1"), TypeError, r"bias: .*str"),
         (lambda: Sigmoid(None), TypeError, r"bias: .*NoneType"),
+        (lambda: Softplus(0), ValueError, r"reweight: expected None or a finite number above 0, got 0"),
+        (lambda: Softplus(np.nan), ValueError, r"reweight: .*nan"),
+        (lambda: Softplus("3"), TypeError, r"reweight: .*str"),
         (lambda: ReLU(0), ValueError, r"power: expected a finite number above 0, got 0"),
         (lambda: ReLU(-1), ValueError, r"power: .*-1"),
         (lambda: ReLU(True), TypeError, r"power: .*bool"),

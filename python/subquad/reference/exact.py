@@ -128,7 +128,7 @@ def attention(
         extra = None if sinks is None else sink_logits(sinks, q.shape[:3], np.float64)
         out, lse = softmax(scores.values, scores.visible, v, extra, factors)
     else:
-        out, lse = normalized(scores.values, scores.visible, v, normalizer, factors)
+        out, lse = normalized(scores.values, scores.visible, v, normalizer, scores.counts, factors)
     out = np.moveaxis(out, 1, 2)
     return (out, lse) if return_lse else out
 

@@ -58,7 +58,7 @@ def score_gradients(
             weights = rates = np.exp(scores.values - base)
             delta = dot - dlse
         else:
-            weights, is_divided = weights_of(scores.values, normalizer)
+            weights, is_divided = weights_of(scores.values, scores.visible, normalizer, scores.counts)
             rates, share = rates_of(scores.values, normalizer), np.exp(-base)
             if is_divided:
                 weights, rates, delta = weights * share, rates * share, dot - dlse

@@ -14,12 +14,15 @@ Bool = npt.NDArray[np.bool_]
 
 
 class Scores(NamedTuple):
-    """The scores of a call, all of `[B, H, Sq, Sk]`."""
+    """The scores of a call, `[B, H, Sq, Sk]` unless said otherwise."""
 
     values: Array
     visible: Bool
     slopes: Array
     """The derivative of each with respect to the product of its query and key."""
+
+    counts: npt.NDArray[np.int64]
+    """How many keys a query sees, whatever `bias` hides, `[B, H, Sq, 1]`."""
 
 
 def by_head(x: Array, heads: int) -> Array:
@@ -130,4 +133,4 @@ def scores_of(
             scores = scores + added
         if relative_bias is not None:
             scores = scores + by_diagonal(relative_bias, shape, dtype)
-    return Scores(scores, visible & shown, slopes)
+    return Scores(scores, visible & shown, slopes, visible.sum(axis=-1, keepdims=True))

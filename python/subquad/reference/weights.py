@@ -11,19 +11,42 @@ Array = npt.NDArray[Any]
 Bool = npt.NDArray[np.bool_]
 Float64 = npt.NDArray[np.float64]
 
+FEW_KEYS = 3
+"""Re-weighting spares queries that see up to so many keys."""
 
-def weights_of(scores: Array, normalizer: Any) -> tuple[Array, bool]:
+
+def weights_of(
+    scores: Array, visible: Bool, normalizer: Any, counts: npt.NDArray[np.int64]
+) -> tuple[Array, bool]:
     """Returns the weights that a normalizer other than softmax gives to scores, and whether they are divided by their sum.
 
+    Hidden keys have the weight 0.
+
     Args:
-        scores: of any shape and of the dtype in which to compute.
+        scores: `[..., Q, K]`, of the dtype in which to compute.
+        visible: `[..., Q, K]`.
         normalizer: an object of `subquad.normalizers`.
+        counts: how many keys a query sees, biases aside, `[..., Q, 1]`.
     """
+    zero = scores.dtype.type(0)
+    weights, is_divided = _weights_of_scores(scores, normalizer)
+    weights = np.where(visible, weights, zero)
+    match normalizer._lowered():
+        case ("softplus", power):
+            total = weights.sum(axis=-1, keepdims=True, dtype=scores.dtype)
+            shares = np.where(total == 0, zero, weights / total) * counts.astype(scores.dtype)
+            lifted = np.maximum(shares - (counts > FEW_KEYS), zero)
+            weights = np.where(visible, lifted ** scores.dtype.type(power), zero).astype(scores.dtype)
+    return weights, is_divided
+
+
+def _weights_of_scores(scores: Array, normalizer: Any) -> tuple[Array, bool]:
+    """Returns what a normalizer makes of each score by itself, and whether it is divided."""
     one = scores.dtype.type(1)
     match normalizer._lowered():
         case ("sigmoid", bias):
             return one / (one + np.exp(-(scores + scores.dtype.type(bias)))), False
-        case ("softplus",):
+        case ("softplus", *_):
             return np.logaddexp(scores.dtype.type(0), scores), True
         case ("relu", power, normalize):
             return np.maximum(scores, 0) ** scores.dtype.type(power), normalize
@@ -102,7 +125,12 @@ def softmax(
 
 
 def normalized(
-    scores: Float64, visible: Bool, values: Float64, normalizer: Any, factors: Float64 | None = None
+    scores: Float64,
+    visible: Bool,
+    values: Float64,
+    normalizer: Any,
+    counts: npt.NDArray[np.int64],
+    factors: Float64 | None = None,
 ) -> tuple[Float64, Float64]:
     """Returns the sum of the visible values under the weights of a normalizer, and the logarithm of the sum of weights.
 
@@ -111,14 +139,14 @@ def normalized(
         visible: `[..., Q, K]`.
         values: `[..., K, D]`.
         normalizer: an object of `subquad.normalizers`.
+        counts: how many keys a query sees, biases aside, `[..., Q, 1]`.
         factors: of the weights on the way to the result, `[..., Q, K]`, or `None`.
 
     Returns:
         `[..., Q, D]` and `[..., Q]`. Where the weights sum to nothing, 0 and `-inf`.
     """
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        weights, divided = weights_of(scores, normalizer)
-        weights = np.where(visible, weights, 0.0)
+        weights, divided = weights_of(scores, visible, normalizer, counts)
         total = weights.sum(axis=-1, keepdims=True)
         out = weigh(weights if factors is None else weights * factors, visible, values)
         if divided:

@@ -322,7 +322,10 @@ impl<T: SimdElement> Decode<'_, T> {
                 peaks.as_mut()[r] = peak;
                 cut |= hides;
                 if mods.normalizer != Normalizer::Softmax {
-                    map_row(scores, |score| mods.normalizer.weight(score));
+                    match self.args.emphasis(&query) {
+                        Some(emphasis) => map_row(scores, |_, score| emphasis.weigh(mods.normalizer.weight(score))),
+                        None => map_row(scores, |_, score| mods.normalizer.weight(score)),
+                    }
                     peaks.as_mut()[r] = row_peak::<T, I>(scores);
                 }
             }

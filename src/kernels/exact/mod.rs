@@ -10,6 +10,7 @@ pub mod naive;
 mod panel;
 mod plan;
 pub mod prefill;
+mod reweighted;
 pub mod second;
 mod splits;
 
@@ -17,7 +18,7 @@ pub use plan::Blocking;
 
 use super::bias::Bias;
 use super::mask::Mask;
-use super::score_mod::{Normalizer, ScoreMod};
+use super::score_mod::{Emphasis, Normalizer, Reweighting, ScoreMod};
 use crate::dtype::{Element, Float};
 use crate::index::{KeyPlaces, Pages, Query, Segment, Segments};
 use crate::math::online_softmax::log_sum_exp;
@@ -116,6 +117,14 @@ impl<'a, T: Element> ExactArgs<'a, T> {
         scale.factor * row * length
     }
 
+    /// The second weighing of a query's weights, if there is one and the first is done.
+    #[inline(always)]
+    pub fn emphasis(&self, query: &Query<'_>) -> Option<Emphasis> {
+        let Reweighting { power, gains } = self.mods.reweighting?;
+        let [batch, head, token] = query.at();
+        Some(Emphasis::new(power, gains?.get(batch, head, token), self.mask.count(query)))
+    }
+
     /// The slope by which a query's scores fall with the distance; 0 for none.
     #[inline(always)]
     pub fn alibi_slope(&self, query: &Query<'_>) -> f64 {
@@ -145,6 +154,10 @@ impl<'a, T: Element> ExactArgs<'a, T> {
         let from = T::Acc::from_f64;
         if !self.mods.normalizer.is_exponential() {
             let l = l.to_f64();
+            if self.mods.reweighting.is_some_and(|reweighting| reweighting.gains.is_none()) {
+                // Its sum is all that the first weighing is for.
+                return (T::Acc::ZERO, from(Emphasis::gain(self.mask.count(query), l)));
+            }
             let factor = if !self.mods.normalizer.divides() {
                 1.0
             } else if l == 0.0 {
@@ -189,6 +202,13 @@ fn suits_decode<T: Element>(args: &ExactArgs<'_, T>, segment: &Segment) -> bool 
 ///
 /// Queries that are in no segment see no key.
 pub fn forward<T: SimdElement>(args: &ExactArgs<'_, T>, out: &ExactOut<'_, T>, level: Level, threads: usize, blocking: Blocking) {
+    match args.mods.reweighting {
+        Some(Reweighting { gains: None, power }) => reweighted::forward(args, power, out, level, threads, blocking),
+        _ => weigh(args, out, level, threads, blocking),
+    }
+}
+
+fn weigh<T: SimdElement>(args: &ExactArgs<'_, T>, out: &ExactOut<'_, T>, level: Level, threads: usize, blocking: Blocking) {
     match args.segments {
         Segments::Whole { .. } => {
             if args.shape.batch > 0 && suits_decode(args, &args.segment(0)) {

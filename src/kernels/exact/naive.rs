@@ -3,7 +3,7 @@
 use super::{ExactArgs, ExactOut};
 use crate::dtype::{Element, Float};
 use crate::index::Query;
-use crate::kernels::score_mod::Normalizer;
+use crate::kernels::score_mod::{Emphasis, Normalizer};
 
 /// Computes each row's scores, their weights, and the weighted sum of the values it sees, all in f64.
 pub fn forward<T: Element>(args: &ExactArgs<'_, T>, out: &ExactOut<'_, T>) {
@@ -69,7 +69,12 @@ fn attend<T: Element>(args: &ExactArgs<'_, T>, query: &Query<'_>, kv_head: usize
         Normalizer::Softmax => (score - base).exp(),
         other => other.value(score),
     };
-    let weights: Vec<f64> = seen.iter().map(|score| weight(score.value)).collect();
+    let mut weights: Vec<f64> = seen.iter().map(|score| weight(score.value)).collect();
+    if let Some(reweighting) = args.mods.reweighting {
+        let keys = args.mask.count(query);
+        let emphasis = Emphasis::new(reweighting.power, Emphasis::gain(keys, weights.iter().sum()), keys);
+        weights.iter_mut().for_each(|weight| *weight = emphasis.weigh(*weight));
+    }
     let total = weights.iter().sum::<f64>() + (sink - base).exp();
     let shrink = match (normalizer.divides(), total) {
         (false, _) => 1.0,

@@ -168,7 +168,16 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
             self.lanes.hide::<I>((cut, first_key), v, keys.clone(), column);
         }
         if args.mods.normalizer != Normalizer::Softmax {
-            score_pass::map::<T, I>(column, keys.clone(), |score| args.mods.normalizer.weight(score));
+            let normalizer = args.mods.normalizer;
+            if args.mods.reweighting.is_some_and(|reweighting| reweighting.gains.is_some()) {
+                let emphases: [_; MAX_LANES] =
+                    std::array::from_fn(|lane| args.emphasis(&self.lanes.query(v * T::V::<I>::LANES + lane)));
+                score_pass::map::<T, I>(column, keys.clone(), |lane, score| {
+                    emphases[lane].map_or(0.0, |emphasis| emphasis.weigh(normalizer.weight(score)))
+                });
+            } else {
+                score_pass::map::<T, I>(column, keys.clone(), |_, score| normalizer.weight(score));
+            }
         }
         score_pass::peak::<T, I>(column, keys)
     }

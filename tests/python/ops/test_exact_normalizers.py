@@ -11,6 +11,8 @@ NORMALIZERS = {
     "sigmoid": Sigmoid(),
     "sigmoid of a sequence": Sigmoid(-np.log(100)),
     "softplus": Softplus(),
+    "softplus cubed": Softplus(reweight=3),
+    "softplus to the 15th": Softplus(reweight=15),
     "relu": ReLU(),
     "relu undivided": ReLU(normalize=False),
     "relu squared": ReLU(2),

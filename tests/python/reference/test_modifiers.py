@@ -263,6 +263,26 @@ def test_normalizer(name):
     )
 
 
+@pytest.mark.parametrize("power", [1.5, 15.0])
+@pytest.mark.parametrize("keys", [2, 3, 4, 8])
+def test_reweighted_softplus(keys, power):
+    # A key that a bias hides counts among those that are seen.
+    bias = np.where(np.arange(keys) == 1, -np.inf, 0.0)
+    normalizer = normalizers.Softplus(reweight=power)
+    out, lse = reference.attention(
+        Q, K[:, :keys], V[:, :keys], bias=bias, normalizer=normalizer, return_lse=True
+    )
+    shown = [j for j in range(keys) if j != 1]
+    threshold = 0 if keys <= 3 else 1
+    for b, h, i in np.ndindex(B, H, SQ):
+        weights = [math.log1p(math.exp(scaled(math.fsum(Q[b, i, h] * K[b, j, h // 2])))) for j in shown]
+        weights = [max(keys * w / math.fsum(weights) - threshold, 0) ** power for w in weights]
+        total = math.fsum(weights)
+        expected = sum(w * V[b, j, h // 2] for w, j in zip(weights, shown, strict=True)) / total
+        np.testing.assert_allclose(out[b, i, h], expected, rtol=1e-10)
+        np.testing.assert_allclose(lse[b, h, i], math.log(total), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", NORMALIZERS)
 def test_rows_without_weights(name):
     normalizer = NORMALIZERS[name][0]

@@ -283,6 +283,12 @@ def test_errors_are_those_without_gradients(change, error, message, qkv):
     assert str(graded.value) == str(plain.value)
 
 
+def test_reweighting_has_no_gradient(qkv):
+    out = subquad.attention(*qkv, normalizer=normalizers.Softplus(reweight=3))
+    with pytest.raises(NotImplementedError, match=r"normalizer: the gradient of Softplus\(reweight=\.\.\.\)"):
+        out.sum().backward()
+
+
 def test_rows_that_see_nothing_have_no_gradient():
     q, k, v = (draw(1, n, 2, 4, seed=n).requires_grad_() for n in (6, 3, 3))
     k.data[:, 2], v.data[:, 2] = torch.nan, torch.nan
