@@ -1,9 +1,10 @@
-//! Exact attention: every level, blocking and thread count against the naive form.
+//! Attention: every level, blocking, form and thread count against the naive form.
 #![allow(clippy::float_cmp, reason = "exact values are meant")]
 
 mod case;
 mod gradients;
 mod modified;
+mod recurrent;
 mod second;
 mod segments;
 

@@ -1,0 +1,244 @@
+//! Recurrent attention: chunks and steps against the definition, under every decay and rule.
+
+use crate::case::{Stream, widen};
+use half::bf16;
+use subquad::dtype::{Element, Float};
+use subquad::kernels::recurrent::{
+    Decay, Form, Numbers, RecurrentArgs, RecurrentOut, RecurrentShape, Rule, Sequence, States, forward, naive,
+};
+use subquad::parallel::RowWriter;
+use subquad::simd::{Level, SimdElement, Wide};
+use subquad::tensor::Tensor;
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Fades {
+    Never,
+    ByHead,
+    ByStep,
+    ByChannel,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Writes {
+    Values,
+    ScaledValues,
+    ValuesWithBonus,
+    Corrections,
+    LowRank,
+}
+
+struct Case<T: Element> {
+    shape: RecurrentShape,
+    fades: Fades,
+    writes: Writes,
+    l2norm: bool,
+    v_first: bool,
+    q: Vec<T>,
+    k: Vec<T>,
+    v: Vec<T>,
+    a: Vec<T>,
+    b: Vec<T>,
+    gates: Vec<T::Acc>,
+    head_gates: Vec<f64>,
+    beta: Vec<T::Acc>,
+    bonus: Vec<f64>,
+    initial: Vec<T::Acc>,
+    sequences: Vec<Sequence>,
+}
+
+type Results<T> = (Vec<T>, Vec<<T as Element>::Acc>);
+
+impl<T: Element> Case<T> {
+    fn new(shape: RecurrentShape, (fades, writes): (Fades, Writes), gate: f64) -> Self {
+        let mut stream = Stream(5);
+        let RecurrentShape { batch, seqlen, num_heads, num_value_heads, head_dim, head_dim_v } = shape;
+        let width = (head_dim as f64).sqrt();
+        let mut some = |len: usize, size: f64| -> Vec<T> {
+            (0..len).map(|_| T::from_acc(T::Acc::from_f64(stream.next() * size))).collect()
+        };
+        let of_keys = batch * seqlen * num_heads * head_dim;
+        let (q, v) = (some(of_keys, 1.0), some(batch * seqlen * num_value_heads * head_dim_v, 1.0));
+        let [k, a, b] = [1.7, 1.0, 1.0].map(|size| some(of_keys, size / width));
+        let channels = if fades == Fades::ByChannel { head_dim } else { 1 };
+        let mut gate = || -gate * (0.5 + 0.5 * stream.next()).powi(3);
+        let gates = (0..batch * seqlen * num_value_heads * channels).map(|_| T::Acc::from_f64(gate())).collect();
+        let head_gates = (0..num_value_heads).map(|_| gate()).collect();
+        let third = seqlen / 3;
+        let sequences = if seqlen > 20 {
+            let parts = [(0, third), (third, 0), (third, seqlen - third)];
+            (0..batch).flat_map(|batch| parts.map(|(first, len)| Sequence { batch, first, len })).collect()
+        } else {
+            (0..batch).map(|batch| Sequence { batch, first: 0, len: seqlen }).collect::<Vec<_>>()
+        };
+        let states = sequences.len() * num_value_heads * head_dim * head_dim_v;
+        Self {
+            beta: (0..batch * seqlen * num_value_heads).map(|_| T::Acc::from_f64(0.5 + 0.5 * stream.next())).collect(),
+            bonus: (0..num_heads * head_dim).map(|_| stream.next()).collect(),
+            initial: (0..states).map(|_| T::Acc::from_f64(stream.next())).collect(),
+            l2norm: false,
+            v_first: false,
+            shape,
+            fades,
+            writes,
+            q,
+            k,
+            v,
+            a,
+            b,
+            gates,
+            head_gates,
+            sequences,
+        }
+    }
+
+    fn run(&self, in_place: bool, form: impl Fn(&RecurrentArgs<'_, T>, &RecurrentOut<'_, T>)) -> Results<T> {
+        let RecurrentShape { batch, seqlen, num_heads, num_value_heads: heads, head_dim, head_dim_v } = self.shape;
+        let of_keys = [batch, seqlen, num_heads, head_dim];
+        let tensor = |data| Tensor::contiguous("q", data, of_keys).unwrap();
+        let per_step = |data| Numbers::Acc(Tensor::contiguous("g", data, [batch, seqlen, heads, 1]).unwrap());
+        let beta = Some(per_step(&self.beta));
+        let args = RecurrentArgs {
+            shape: self.shape,
+            q: tensor(&self.q),
+            k: tensor(&self.k),
+            v: Tensor::contiguous("v", &self.v, [batch, seqlen, heads, head_dim_v]).unwrap(),
+            decay: match self.fades {
+                Fades::Never => Decay::None,
+                Fades::ByHead => Decay::Heads(&self.head_gates),
+                Fades::ByStep => Decay::Steps(per_step(&self.gates)),
+                Fades::ByChannel => {
+                    Decay::Channels(Numbers::Acc(Tensor::contiguous("g", &self.gates, [batch, seqlen, heads, head_dim]).unwrap()))
+                }
+            },
+            rule: match self.writes {
+                Writes::Values | Writes::ValuesWithBonus => Rule::Additive(None),
+                Writes::ScaledValues => Rule::Additive(beta),
+                Writes::Corrections => Rule::Delta(beta),
+                Writes::LowRank => Rule::LowRank { a: tensor(&self.a), b: tensor(&self.b) },
+            },
+            bonus: (self.writes == Writes::ValuesWithBonus).then_some(&self.bonus[..]),
+            scale: 0.3,
+            l2norm: self.l2norm,
+            sequences: &self.sequences,
+        };
+        let len = head_dim * head_dim_v;
+        let states = [self.sequences.len(), heads, 1, len];
+        let nan = T::Acc::from_f64(f64::NAN);
+        let mut out = vec![T::zeroed(); batch * seqlen * heads * head_dim_v];
+        let mut last = if in_place { self.initial.clone() } else { vec![nan; self.initial.len()] };
+        let initial = Numbers::Acc(Tensor::contiguous("initial_state", &self.initial, states).unwrap());
+        let writers = RecurrentOut {
+            out: RowWriter::new(
+                &mut out,
+                [batch, seqlen, heads, head_dim_v],
+                [seqlen * heads * head_dim_v, heads * head_dim_v, head_dim_v],
+            ),
+            states: States {
+                initial: (!in_place).then_some(initial),
+                last: Some(RowWriter::new(&mut last, states, [heads * len, len, len])),
+                in_place,
+                v_first: self.v_first,
+            },
+        };
+        form(&args, &writers);
+        drop(writers);
+        (out, last)
+    }
+}
+
+impl<T: SimdElement> Case<T>
+where
+    T::Acc: Wide,
+{
+    fn check(&self, gate: f64, tolerance: f64) {
+        let want = self.run(false, naive::forward);
+        for level in Level::available() {
+            for form in [Form::Auto, Form::Steps, Form::Chunks(16), Form::Chunks(32), Form::Chunks(64)] {
+                let run = |threads, in_place| self.run(in_place, |args, out| forward(args, out, form, level, threads));
+                let (got, again) = (run(1, false), run(3, true));
+                let what = format!("{:?} {:?} {gate} {:?} {} {form:?}", self.fades, self.writes, self.shape, level.name());
+                compare(&widen(&got.0), &widen(&want.0), tolerance, &format!("out, {what}"));
+                compare(&widen(&got.1), &widen(&want.1), tolerance, &format!("state, {what}"));
+                assert_eq!(bits(&got.0), bits(&again.0), "threads or places change bits: {what}");
+                assert_eq!(bits(&got.1), bits(&again.1), "threads or places change bits: {what}");
+            }
+        }
+    }
+}
+
+fn bits<T: Element>(x: &[T]) -> &[u8] {
+    bytemuck::cast_slice(x)
+}
+
+fn compare(got: &[f64], want: &[f64], tolerance: f64, what: &str) {
+    let largest = want.iter().fold(1e-3, |most: f64, y| most.max(y.abs()));
+    for (i, (x, y)) in got.iter().zip(want).enumerate() {
+        assert!((x - y).abs() <= tolerance * largest, "[{i}] {x} != {y}: {what}");
+    }
+}
+
+fn shape(seqlen: usize, heads: (usize, usize), dims: (usize, usize)) -> RecurrentShape {
+    let batch = if seqlen < 20 { 2 } else { 1 };
+    RecurrentShape { batch, seqlen, num_heads: heads.0, num_value_heads: heads.1, head_dim: dims.0, head_dim_v: dims.1 }
+}
+
+fn sweep<T: SimdElement>(tolerance: f64)
+where
+    T::Acc: Wide,
+{
+    let all = [Writes::Values, Writes::ScaledValues, Writes::ValuesWithBonus, Writes::Corrections, Writes::LowRank];
+    for shape in [
+        shape(1, (1, 1), (8, 8)),
+        shape(7, (2, 4), (16, 20)),
+        shape(65, (1, 2), (60, 33)),
+        shape(130, (1, 1), (128, 64)),
+    ] {
+        for fades in [Fades::Never, Fades::ByHead, Fades::ByStep, Fades::ByChannel] {
+            for writes in all {
+                for gate in if fades == Fades::Never { &[0.0][..] } else { &[1e-6, 0.3, 30.0] } {
+                    Case::<T>::new(shape, (fades, writes), *gate).check(*gate, tolerance);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_decay_and_rule_in_double_precision() {
+    sweep::<f64>(1e-12);
+}
+
+#[test]
+fn every_decay_and_rule() {
+    sweep::<f32>(1e-5);
+}
+
+#[test]
+fn every_decay_and_rule_in_half_precision() {
+    sweep::<bf16>(1e-2);
+}
+
+#[test]
+fn lengths_and_orders_of_states() {
+    for (l2norm, v_first) in [(true, false), (false, true), (true, true)] {
+        for seqlen in [5, 70] {
+            let case = Case::<f64>::new(shape(seqlen, (1, 2), (20, 12)), (Fades::ByStep, Writes::Corrections), 0.5);
+            Case { l2norm, v_first, ..case }.check(0.5, 1e-12);
+        }
+    }
+}
+
+#[test]
+fn infinite_gates_forget() {
+    for fades in [Fades::ByStep, Fades::ByChannel] {
+        for writes in [Writes::Values, Writes::Corrections, Writes::LowRank] {
+            let mut case = Case::<f32>::new(shape(70, (1, 1), (20, 16)), (fades, writes), 0.3);
+            for (i, gate) in case.gates.iter_mut().enumerate() {
+                if i % 23 == 4 {
+                    *gate = f32::NEG_INFINITY;
+                }
+            }
+            case.check(f64::INFINITY, 1e-5);
+        }
+    }
+}
