@@ -276,9 +276,11 @@ impl<'py> Call<'py> {
 
     fn states<'a, T: Element>(&self, array: &'a Array<'_>) -> Result<Numbers<'a, T>, Error> {
         let [shape, _] = self.state_shape();
-        typed(array, |array| Tensor::contiguous(array.arg, array.memory.slice(array.arg)?, shape), |array| {
-            Tensor::contiguous(array.arg, array.memory.slice(array.arg)?, shape)
-        })
+        typed(
+            array,
+            |array| Tensor::contiguous(array.arg, array.memory.slice(array.arg)?, shape),
+            |array| Tensor::contiguous(array.arg, array.memory.slice(array.arg)?, shape),
+        )
     }
 }
 

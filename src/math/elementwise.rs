@@ -73,6 +73,16 @@ pub fn add_scaled<T: SimdElement, I: Isa>(row: &mut [T::Acc], factor: T::Acc, ot
     });
 }
 
+/// `row += factor * one * other`, element by element.
+#[inline(always)]
+pub fn add_product_of<T: SimdElement, I: Isa>(row: &mut [T::Acc], one: &[T::Acc], other: &[T::Acc], factor: T::Acc) {
+    let factor = T::V::<I>::splat(factor);
+    each_vector!(T, I, row.len(), d, {
+        let one = T::V::<I>::load(&one[d..]).mul(factor);
+        one.mul_add(T::V::<I>::load(&other[d..]), T::V::<I>::load(&row[d..])).store(&mut row[d..]);
+    });
+}
+
 /// Powers of two below this are 0 to [`decay`]: with products of two of them, nothing comes near denormals, which take hundreds of cycles.
 const LEAST_EXPONENT: f64 = -50.0;
 

@@ -29,15 +29,18 @@
 //! The state and all sums are of the accumulators' type. Results do not depend on the number of threads.
 
 mod args;
+pub mod backward;
 mod chunk;
+mod head;
 pub mod naive;
 mod pairs;
 mod rows;
 mod states;
 mod step;
+mod unfade;
 
 pub use args::{Decay, Numbers, RecurrentArgs, RecurrentShape, Rule, Sequence};
-pub use chunk::{BLOCK, MAX_CHUNK};
+pub use head::{BLOCK, MAX_CHUNK};
 pub use states::States;
 
 use crate::dtype::Element;

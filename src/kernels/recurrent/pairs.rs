@@ -6,14 +6,14 @@
 //! and what lies between is a factor of each channel. Within a block, right rows are brought back to its start, as long as the block
 //! fades by no more than [`LIMIT`]; the channels that fade more are summed pair by pair.
 
-use super::chunk::{BLOCK, MAX_CHUNK};
+use super::head::{BLOCK, MAX_CHUNK};
 use crate::math::elementwise::{add, add_scaled, decay, decays, fade_away, multiply, multiply_decays, scale, transpose};
 use crate::math::load::MAX_LANES;
 use crate::math::product::{Factors, Rows, add_product};
 use crate::simd::{Isa, Vector, Wide};
 
 /// Powers of two by which right rows are brought back at most: their exponents are then exact to `LIMIT` units in the last place of 1.
-const LIMIT: f64 = 16.0;
+pub const LIMIT: f64 = 16.0;
 
 /// The sizes of a chunk.
 #[derive(Clone, Copy)]
@@ -102,7 +102,7 @@ pub fn fade<E: Wide, I: Isa>(
 
 /// `2^x` for `x <= 0`.
 #[inline(always)]
-fn power<E: Wide, I: Isa>(x: f64) -> E {
+pub fn power<E: Wide, I: Isa>(x: f64) -> E {
     let mut lanes = [E::ZERO; MAX_LANES];
     decay::<E, I>(E::V::<I>::splat(E::from_f64(x))).store(&mut lanes);
     lanes[0]
@@ -196,14 +196,21 @@ fn by_channel<E: Wide, I: Isa>(
             }
         }
         decays::<E, I>(scratch.total, &mut scratch.blocks[block * width..][..width]);
-        fade_rows::<E, I>(gates, [width, stride], span.start, lefts, rights);
+        for left in lefts.iter_mut() {
+            fade_forwards::<E, I>(gates, (&mut left.rows[span.clone()], stride), width, left.exclusive);
+        }
+        for right in rights.iter_mut() {
+            fade_backwards::<E, I>(gates, (&mut right.rows[span.clone()], stride), width);
+        }
         for right in rights.iter_mut() {
             let columns = (&mut right.columns[first..], chunk);
             transpose::<E, I>((&right.rows[span.clone()], stride), columns, [BLOCK, width]);
         }
         for (number, right) in rights.iter().enumerate() {
-            let blocks = &scratch.blocks[..(block + 1) * width];
-            bring_back::<E, I>(blocks, (scratch.total, width), &mut *scratch.ratio, (right.columns, chunk), scratch.columns);
+            for from in (0..=block).rev() {
+                next_ratio::<E, I>((block, from), scratch.blocks, scratch.total, scratch.ratio);
+                scaled_block(scratch.ratio, (right.columns, scratch.columns, chunk), from);
+            }
             for left in lefts.iter_mut() {
                 let factors = Factors { data: &left.rows[span.start..], row: stride, step: 1 };
                 let sums = (&mut left.products[number][first * chunk..], chunk);
@@ -228,38 +235,38 @@ fn by_channel<E: Wide, I: Isa>(
 
 /// The sum of all rows.
 #[inline(always)]
-fn sum_rows<E: Wide, I: Isa>((rows, stride): (&[E], usize), sums: &mut [E]) {
+pub fn sum_rows<E: Wide, I: Isa>((rows, stride): (&[E], usize), sums: &mut [E]) {
     sums.fill(E::ZERO);
     for row in rows.chunks_exact(stride) {
         add::<E, I>(sums, &row[..sums.len()]);
     }
 }
 
-/// Fades left rows from the start of a block, and right rows to its end. Sums are of the gates between, never differences of sums:
-/// what one strong gate has rounded away, others would miss.
+/// Fades the rows of a block from its start. Sums are of the gates between, never differences of sums: what one strong gate has rounded
+/// away, others would miss.
 #[inline(always)]
-fn fade_rows<E: Wide, I: Isa>(gates: &[E], [width, stride]: [usize; 2], start: usize, lefts: &mut [Left<'_, E>], rights: &mut [Right<'_, E>]) {
-    let lanes = E::V::<I>::LANES;
-    let mut factors = [E::ZERO; MAX_LANES];
-    for d in (0..width).step_by(lanes) {
+pub fn fade_forwards<E: Wide, I: Isa>(gates: &[E], (rows, stride): (&mut [E], usize), width: usize, exclusive: bool) {
+    for d in (0..width).step_by(E::V::<I>::LANES) {
         let mut sum = E::V::<I>::splat(E::ZERO);
         for i in 0..BLOCK {
             let at = i * stride + d;
             let before = sum;
             sum = sum.add(E::V::<I>::load(&gates[at..]));
-            for left in lefts.iter_mut() {
-                let row = &mut left.rows[start + at..];
-                let exponent = if left.exclusive { before } else { sum };
-                E::V::<I>::load(row).mul(decay::<E, I>(exponent)).store(row);
-            }
+            let row = &mut rows[at..];
+            E::V::<I>::load(row).mul(decay::<E, I>(if exclusive { before } else { sum })).store(row);
         }
+    }
+}
+
+/// Fades the rows of a block to its end.
+#[inline(always)]
+pub fn fade_backwards<E: Wide, I: Isa>(gates: &[E], (rows, stride): (&mut [E], usize), width: usize) {
+    for d in (0..width).step_by(E::V::<I>::LANES) {
         let mut sum = E::V::<I>::splat(E::ZERO);
         for i in (0..BLOCK).rev() {
             let at = i * stride + d;
-            decay::<E, I>(sum).store(&mut factors);
-            for right in rights.iter_mut() {
-                multiply::<E, I>(&mut right.rows[start + at..][..lanes], &factors[..lanes]);
-            }
+            let row = &mut rows[at..];
+            E::V::<I>::load(row).mul(decay::<E, I>(sum)).store(row);
             sum = sum.add(E::V::<I>::load(&gates[at..]));
         }
     }
@@ -267,7 +274,7 @@ fn fade_rows<E: Wide, I: Isa>(gates: &[E], [width, stride]: [usize; 2], start: u
 
 /// What a channel fades by in each row of a block.
 #[inline(always)]
-fn fades_of<E: Wide, I: Isa>(gates: &[E], (channel, stride): (usize, usize)) -> [E; BLOCK] {
+pub fn fades_of<E: Wide, I: Isa>(gates: &[E], (channel, stride): (usize, usize)) -> [E; BLOCK] {
     let exponents: [E; BLOCK] = std::array::from_fn(|i| gates[i * stride + channel]);
     let mut fades = exponents;
     decays::<E, I>(&exponents, &mut fades);
@@ -297,24 +304,19 @@ fn strong_channel<E: Wide, I: Isa>(
     }
 }
 
-/// Columns of all blocks up to the last one of `blocks`, each from the end of its block to the start of that one.
+/// What leads rows of block `from`, faded to its end, to the start of block `to`, where that is not more than can be brought back; from the
+/// ratio of block `from + 1`.
 #[inline(always)]
-fn bring_back<E: Wide, I: Isa>(
-    blocks: &[E],
-    (total, width): (&[E], usize),
-    ratio: &mut [E],
-    (columns, chunk): (&[E], usize),
-    out: &mut [E],
-) {
-    let last = blocks.len() / width - 1;
-    for (ratio, (&fade, &total)) in ratio.iter_mut().zip(blocks[last * width..].iter().zip(total)) {
-        *ratio = if total.to_f64() < -LIMIT { E::ZERO } else { E::from_f64(1.0) / fade };
-    }
-    scaled_block(ratio, (columns, out, chunk), last);
-    ratio.fill(E::from_f64(1.0));
-    for block in (0..last).rev() {
-        scaled_block(ratio, (columns, out, chunk), block);
-        multiply_decays::<E, I>(ratio, &blocks[block * width..][..width]);
+pub fn next_ratio<E: Wide, I: Isa>((to, from): (usize, usize), blocks: &[E], total: &[E], ratio: &mut [E]) {
+    let width = ratio.len();
+    if from == to {
+        for (ratio, (&fade, &total)) in ratio.iter_mut().zip(blocks[to * width..].iter().zip(total)) {
+            *ratio = if total.to_f64() < -LIMIT { E::ZERO } else { E::from_f64(1.0) / fade };
+        }
+    } else if from + 1 == to {
+        ratio.fill(E::from_f64(1.0));
+    } else {
+        multiply_decays::<E, I>(ratio, &blocks[(from + 1) * width..][..width]);
     }
 }
 

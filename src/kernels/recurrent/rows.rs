@@ -3,7 +3,7 @@
 use super::{RecurrentArgs, Sequence};
 use crate::dtype::{Element, Float};
 use crate::math::elementwise::scale;
-use crate::math::load::load_padded;
+use crate::math::load::{load_padded, store_scaled};
 use crate::simd::{Isa, SimdElement, Vector, Wide, prefetch};
 use crate::tensor::Tensor;
 
@@ -77,5 +77,26 @@ impl<'a, T: Element> RecurrentArgs<'a, T> {
     /// Rows of queries' shape as they are.
     pub(super) fn plain(&self, tensor: Tensor<'a, T>, value_head: usize) -> HeadRows<'a, T> {
         HeadRows { tensor, head: self.shape.head_of(value_head), factor: 1.0, l2norm: false }
+    }
+}
+
+impl<T: SimdElement> HeadRows<'_, T> {
+    /// Writes the gradient of a row from that of what [`HeadRows::read`] makes of it.
+    #[inline(always)]
+    pub fn write_gradient<I: Isa>(&self, (batch, token): (usize, usize), found: &[T::Acc], into: &mut [T])
+    where
+        T::Acc: Wide,
+    {
+        if !self.l2norm {
+            store_scaled::<T, I>(found, T::Acc::from_f64(self.factor), into);
+            return;
+        }
+        let row = self.tensor.row(batch, token, self.head);
+        let inverse = inverse_length(&row.iter().map(|x| x.to_acc()).collect::<Vec<_>>());
+        let along: f64 = row.iter().zip(found).map(|(x, d)| x.to_acc().to_f64() * d.to_f64()).sum();
+        for ((out, x), d) in into.iter_mut().zip(row).zip(found) {
+            let gradient = inverse * d.to_f64() - inverse.powi(3) * along * x.to_acc().to_f64();
+            *out = T::from_acc(T::Acc::from_f64(self.factor * gradient));
+        }
     }
 }
