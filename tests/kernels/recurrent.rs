@@ -53,9 +53,8 @@ impl<T: Element> Case<T> {
         let mut stream = Stream(5);
         let RecurrentShape { batch, seqlen, num_heads, num_value_heads, head_dim, head_dim_v } = shape;
         let width = (head_dim as f64).sqrt();
-        let mut some = |len: usize, size: f64| -> Vec<T> {
-            (0..len).map(|_| T::from_acc(T::Acc::from_f64(stream.next() * size))).collect()
-        };
+        let mut some =
+            |len: usize, size: f64| -> Vec<T> { (0..len).map(|_| T::from_acc(T::Acc::from_f64(stream.next() * size))).collect() };
         let of_keys = batch * seqlen * num_heads * head_dim;
         let (q, v) = (some(of_keys, 1.0), some(batch * seqlen * num_value_heads * head_dim_v, 1.0));
         let [k, a, b] = [1.7, 1.0, 1.0].map(|size| some(of_keys, size / width));
@@ -187,12 +186,9 @@ where
     T::Acc: Wide,
 {
     let all = [Writes::Values, Writes::ScaledValues, Writes::ValuesWithBonus, Writes::Corrections, Writes::LowRank];
-    for shape in [
-        shape(1, (1, 1), (8, 8)),
-        shape(7, (2, 4), (16, 20)),
-        shape(65, (1, 2), (60, 33)),
-        shape(130, (1, 1), (128, 64)),
-    ] {
+    for shape in
+        [shape(1, (1, 1), (8, 8)), shape(7, (2, 4), (16, 20)), shape(65, (1, 2), (60, 33)), shape(130, (1, 1), (128, 64))]
+    {
         for fades in [Fades::Never, Fades::ByHead, Fades::ByStep, Fades::ByChannel] {
             for writes in all {
                 for gate in if fades == Fades::Never { &[0.0][..] } else { &[1e-6, 0.3, 30.0] } {

@@ -36,7 +36,7 @@ pub fn run<T: SimdElement, I: Isa>(
     let state_len = width * stride_of(width_v);
     let mut scratch = Scratch::take::<T::Acc>(heads.len() * state_len + scratch_len(args, size));
     let (states, rest) = scratch.as_mut_slice::<T::Acc>().split_at_mut(heads.len() * state_len);
-    let mut work = Head::<T> {
+    let mut work = Work::<T> {
         args,
         out,
         sequence,
@@ -71,7 +71,7 @@ fn step_gate(gate: f64) -> f64 {
 }
 
 /// One head of one sequence.
-struct Head<'a, T: SimdElement> {
+struct Work<'a, T: SimdElement> {
     args: &'a RecurrentArgs<'a, T>,
     out: &'a RecurrentOut<'a, T>,
     sequence: Sequence,
@@ -101,7 +101,7 @@ fn scratch_len<T: SimdElement>(args: &RecurrentArgs<'_, T>, chunk: usize) -> usi
     let (width, width_v) = (row_width(args.shape.head_dim), row_width(args.shape.head_dim_v));
     let [reads, writes] = seconds(&args.rule).map(usize::from);
     let (stride, stride_v) = (stride_of(width), stride_of(width_v));
-        let rows = (3 + reads + writes) * chunk * stride;
+    let rows = (3 + reads + writes) * chunk * stride;
     let columns = (2 + writes) * chunk * width;
     let products = (1 + reads) * (1 + writes) * chunk * chunk;
     let channels = (MAX_CHUNK / BLOCK + 3) * width;
@@ -109,7 +109,7 @@ fn scratch_len<T: SimdElement>(args: &RecurrentArgs<'_, T>, chunk: usize) -> usi
     (rows + columns + products + channels + values).max(args.shape.head_dim * args.shape.head_dim_v)
 }
 
-impl<T: SimdElement> Head<'_, T>
+impl<T: SimdElement> Work<'_, T>
 where
     T::Acc: Wide,
 {
@@ -147,7 +147,8 @@ where
         }
         self.load_values::<I>(first, count, written);
         let bonus = self.bonus(queries, keys, count);
-        let gates = self.gates::<I>(first, count, gate_rows);
+        let mut sums_of_gates = [0.0; MAX_CHUNK + 1];
+        let gates = self.gates::<I>((first, count), &mut sums_of_gates, gate_rows);
 
         let exclusive = args.bonus.is_some();
         let low_rank = matches!(args.rule, Rule::LowRank { .. });
@@ -157,7 +158,7 @@ where
             Left { rows: readers, exclusive: low_rank, strict: true, products: of_readers },
         ];
         let mut rights = [Right { rows: keys, columns: key_columns }, Right { rows: others, columns: other_columns }];
-        let (lefts, rights) = (&mut lefts[..1 + usize::from(reads)], &mut rights[..1 + usize::from(writes)]);
+        let (lefts, rights) = (&mut lefts[..=usize::from(reads)], &mut rights[..=usize::from(writes)]);
         fade::<T::Acc, I>(size, gates, lefts, rights, &mut scratch, alpha);
 
         // `extra` becomes what is written beside the values: the readings of the low-rank part.
@@ -251,10 +252,14 @@ where
     }
 
     #[inline(always)]
-    fn gates<'g, I: Isa>(&self, first: usize, count: usize, into: &'g mut [T::Acc]) -> Gates<'g, T::Acc> {
+    fn gates<'g, I: Isa>(
+        &self,
+        (first, count): (usize, usize),
+        sums: &'g mut [f64; MAX_CHUNK + 1],
+        into: &'g mut [T::Acc],
+    ) -> Gates<'g, T::Acc> {
         let (batch, head) = (self.sequence.batch, self.head);
         let token = self.sequence.first + first;
-        let mut sums = [0.0; MAX_CHUNK + 1];
         match &self.args.decay {
             Decay::None => return Gates::None,
             Decay::Heads(gates) => {

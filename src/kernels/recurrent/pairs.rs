@@ -56,11 +56,12 @@ pub struct Right<'s, E> {
 }
 
 /// The gates of a chunk, in base 2.
+#[derive(Clone, Copy)]
 pub enum Gates<'s, E> {
     /// None at all.
     None,
     /// Sums of the gates before each row, and of all.
-    Steps([f64; MAX_CHUNK + 1]),
+    Steps(&'s [f64; MAX_CHUNK + 1]),
     /// `[chunk, stride]`, rows of zeros beyond the last one.
     Channels(&'s [E]),
 }
@@ -94,7 +95,7 @@ pub fn fade<E: Wide, I: Isa>(
         }
         Gates::Steps(sums) => {
             alpha.fill(power::<E, I>(sums[size.rows]));
-            by_step::<E, I>(size, Some(&sums), lefts, rights);
+            by_step::<E, I>(size, Some(sums), lefts, rights);
         }
         Gates::Channels(gates) => by_channel::<E, I>(size, gates, lefts, rights, scratch, alpha),
     }
@@ -238,7 +239,13 @@ fn sum_rows<E: Wide, I: Isa>((rows, stride): (&[E], usize), sums: &mut [E]) {
 /// Fades left rows from the start of a block, and right rows to its end. Sums are of the gates between, never differences of sums:
 /// what one strong gate has rounded away, others would miss.
 #[inline(always)]
-fn fade_rows<E: Wide, I: Isa>(gates: &[E], [width, stride]: [usize; 2], start: usize, lefts: &mut [Left<'_, E>], rights: &mut [Right<'_, E>]) {
+fn fade_rows<E: Wide, I: Isa>(
+    gates: &[E],
+    [width, stride]: [usize; 2],
+    start: usize,
+    lefts: &mut [Left<'_, E>],
+    rights: &mut [Right<'_, E>],
+) {
     let lanes = E::V::<I>::LANES;
     let mut factors = [E::ZERO; MAX_LANES];
     for d in (0..width).step_by(lanes) {

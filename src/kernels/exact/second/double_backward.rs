@@ -2,10 +2,10 @@
 
 use super::super::backward::BackwardArgs;
 use super::super::backward::sums::SumTable;
+use super::Direction;
 use super::biases::bias_gradient;
 use super::jvp::{JvpOut, base, jvp, query_tiles};
 use super::tile::{KEY_SUMS, KEYS, ROWS, RowFactors, Tile, TileRows, covering, scratch_len};
-use super::Direction;
 use crate::math::product::row_width;
 use crate::parallel::{RowWriter, for_each_tile};
 use crate::simd::{Isa, Level, Task, Wide};
