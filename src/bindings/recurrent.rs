@@ -49,6 +49,13 @@ impl<'py> Named<'_, 'py> {
     }
 }
 
+/// What is written to the state.
+enum Writes<'py> {
+    Values,
+    Corrections,
+    LowRank(Box<[Array<'py>; 2]>),
+}
+
 /// The arguments of a call, checked.
 struct Call<'py> {
     q: Array<'py>,
@@ -59,9 +66,8 @@ struct Call<'py> {
     steps: Option<Array<'py>>,
     channels: Option<Array<'py>>,
     heads: Option<Vec<f64>>,
-    delta: bool,
+    writes: Writes<'py>,
     beta: Option<Array<'py>>,
-    low_rank: Option<[Array<'py>; 2]>,
     bonus: Option<Vec<f64>>,
     initial: Option<Array<'py>>,
     in_place: bool,
@@ -178,7 +184,7 @@ impl<'py> Call<'py> {
         }
         let bonus = vector("u", &[num_heads, head_dim])?;
         let beta = named.array("beta", &q, &[batch, seqlen, num_value_heads], Layout::Any)?;
-        let low_rank = match (named.get("a")?, named.get("b")?) {
+        let writes = match (named.get("a")?, named.get("b")?) {
             (Some(a), Some(b)) => {
                 let read = |arg, object: &Bound<'py, PyAny>| -> PyResult<Array<'py>> {
                     let array = Array::import(arg, object, Layout::Rows)?;
@@ -189,9 +195,10 @@ impl<'py> Call<'py> {
                     }
                     Ok(array)
                 };
-                Some([read("a", &a)?, read("b", &b)?])
+                Writes::LowRank(Box::new([read("a", &a)?, read("b", &b)?]))
             }
-            _ => None,
+            _ if named.flag("delta")? => Writes::Corrections,
+            _ => Writes::Values,
         };
         let v_first = named.flag("state_v_first")?;
         let state = if v_first { [head_dim_v, head_dim] } else { [head_dim, head_dim_v] };
@@ -214,9 +221,8 @@ impl<'py> Call<'py> {
             steps,
             channels,
             heads,
-            delta: named.flag("delta")?,
+            writes,
             beta,
-            low_rank,
             bonus,
             initial,
             in_place,
@@ -240,10 +246,14 @@ impl<'py> Call<'py> {
             (.., Some(gates)) => Decay::Heads(gates),
             _ => Decay::None,
         };
-        let rule = match &self.low_rank {
-            Some([a, b]) => Rule::LowRank { a: View::in_order(a, "")?.tensor()?, b: View::in_order(b, "")?.tensor()? },
-            None if self.delta => Rule::Delta(self.beta.as_ref().map(per_step::<T>).transpose()?),
-            None => Rule::Additive(self.beta.as_ref().map(per_step::<T>).transpose()?),
+        let beta = || self.beta.as_ref().map(per_step::<T>).transpose();
+        let rule = match &self.writes {
+            Writes::LowRank(rows) => {
+                let [a, b] = &**rows;
+                Rule::LowRank { a: View::in_order(a, "")?.tensor()?, b: View::in_order(b, "")?.tensor()? }
+            }
+            Writes::Corrections => Rule::Delta(beta()?),
+            Writes::Values => Rule::Additive(beta()?),
         };
         let args = RecurrentArgs {
             shape: self.shape,

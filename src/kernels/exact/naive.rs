@@ -73,7 +73,9 @@ fn attend<T: Element>(args: &ExactArgs<'_, T>, query: &Query<'_>, kv_head: usize
     if let Some(reweighting) = args.mods.reweighting {
         let keys = args.mask.count(query);
         let emphasis = Emphasis::new(reweighting.power, Emphasis::gain(keys, weights.iter().sum()), keys);
-        weights.iter_mut().for_each(|weight| *weight = emphasis.weigh(*weight));
+        for weight in &mut weights {
+            *weight = emphasis.weigh(*weight);
+        }
     }
     let total = weights.iter().sum::<f64>() + (sink - base).exp();
     let shrink = match (normalizer.divides(), total) {

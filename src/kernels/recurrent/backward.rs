@@ -324,7 +324,8 @@ where
     #[inline(always)]
     fn unfade<I: Isa>(&self, head: &Head<'_, T>, chunk: &mut Chunk<'_, T::Acc>, work: &mut Work<'_, T::Acc>) {
         let [lefts, rights] = chunk.counts;
-        let gates = head.gates::<I>(chunk.gates);
+        let mut sums = [0.0; MAX_CHUNK + 1];
+        let gates = head.gates::<I>(&mut sums, chunk.gates);
         let [first, second] = &mut work.d_lefts;
         let [of_first, of_second] = &mut work.d_products;
         let [a, b] = of_first;

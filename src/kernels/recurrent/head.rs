@@ -182,7 +182,8 @@ where
     /// Forms the products of the rows, and fades them.
     #[inline(always)]
     pub fn fade<I: Isa>(&self, work: &mut Chunk<'_, T::Acc>) {
-        let gates = self.gates::<I>(work.gates);
+        let mut sums = [0.0; MAX_CHUNK + 1];
+        let gates = self.gates::<I>(&mut sums, work.gates);
         let [lefts, rights] = work.counts;
         let (lefts, rights) = (&mut work.lefts[..lefts], &mut work.rights[..rights]);
         fade::<T::Acc, I>(self.size, gates, lefts, rights, &mut work.scratch, work.alpha);
@@ -289,10 +290,9 @@ where
     }
 
     #[inline(always)]
-    pub fn gates<'g, I: Isa>(&self, into: &'g mut [T::Acc]) -> Gates<'g, T::Acc> {
+    pub fn gates<'g, I: Isa>(&self, sums: &'g mut [f64; MAX_CHUNK + 1], into: &'g mut [T::Acc]) -> Gates<'g, T::Acc> {
         let (batch, head) = (self.sequence.batch, self.head);
         let (token, count) = (self.sequence.first + self.first, self.count);
-        let mut sums = [0.0; MAX_CHUNK + 1];
         match &self.args.decay {
             Decay::None => return Gates::None,
             Decay::Heads(gates) => {

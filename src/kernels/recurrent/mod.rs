@@ -24,7 +24,7 @@
 //! ```
 //!
 //! so that all but a triangular system of the chunk's length are products of matrices: `6 K V + 2 C (K + V)` operations for each token
-//! with the delta rule, `4 K V + C (K + V)` without. [`pairs`] forms `A` and `P` without ever dividing by a small decay.
+//! with the delta rule, `4 K V + C (K + V)` without. `pairs` forms `A` and `P` without ever dividing by a small decay.
 //!
 //! The state and all sums are of the accumulators' type. Results do not depend on the number of threads.
 
@@ -104,7 +104,11 @@ where
         };
         match chunk {
             Some(size) => chunk::run::<T, I>(self.args, self.out, number, heads, size),
-            None => heads.for_each(|head| step::run::<T, I>(self.args, self.out, number, head)),
+            None => {
+                for head in heads {
+                    step::run::<T, I>(self.args, self.out, number, head);
+                }
+            }
         }
     }
 }

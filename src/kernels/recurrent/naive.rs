@@ -52,7 +52,9 @@ fn attend<T: Element>(args: &RecurrentArgs<'_, T>, out: &RecurrentOut<'_, T>, nu
         let (mut q, mut k) = (wide(&args.q, batch, token, of), wide(&args.k, batch, token, of));
         for row in [&mut q, &mut k] {
             let factor = if args.l2norm { inverse_length(row) } else { 1.0 };
-            row.iter_mut().for_each(|x| *x *= factor);
+            for x in row {
+                *x *= factor;
+            }
         }
         let mut v = wide(&args.v, batch, token, head);
         let before = state.clone();
@@ -63,12 +65,16 @@ fn attend<T: Element>(args: &RecurrentArgs<'_, T>, out: &RecurrentOut<'_, T>, nu
             Decay::Channels(gates) => numbers(gates, [batch, token, head], head_dim),
         };
         for (row, gate) in state.iter_mut().zip(&gates) {
-            row.iter_mut().for_each(|s| *s *= gate.exp());
+            for s in row {
+                *s *= gate.exp();
+            }
         }
         match &args.rule {
             Rule::Additive(beta) => {
                 let beta = beta.as_ref().map_or(1.0, |beta| beta.first(batch, token, head).to_f64());
-                v.iter_mut().for_each(|v| *v *= beta);
+                for v in &mut v {
+                    *v *= beta;
+                }
                 write(&mut state, &k, &v);
             }
             Rule::Delta(beta) => {
@@ -86,7 +92,9 @@ fn attend<T: Element>(args: &RecurrentArgs<'_, T>, out: &RecurrentOut<'_, T>, nu
         let mut o = read(if args.bonus.is_some() { &before } else { &state }, &q, head_dim_v);
         if let Some(bonus) = args.bonus {
             let own: f64 = (0..head_dim).map(|d| q[d] * bonus[of * head_dim + d] * k[d]).sum();
-            o.iter_mut().zip(&v).for_each(|(o, v)| *o += own * v);
+            for (o, v) in o.iter_mut().zip(&v) {
+                *o += own * v;
+            }
         }
         for (out, o) in out.out.row(batch, token, head).iter_mut().zip(&o) {
             *out = T::from_acc(T::Acc::from_f64(args.scale * o));

@@ -56,11 +56,12 @@ pub struct Right<'s, E> {
 }
 
 /// The gates of a chunk, in base 2.
+#[derive(Clone, Copy)]
 pub enum Gates<'s, E> {
     /// None at all.
     None,
     /// Sums of the gates before each row, and of all.
-    Steps([f64; MAX_CHUNK + 1]),
+    Steps(&'s [f64; MAX_CHUNK + 1]),
     /// `[chunk, stride]`, rows of zeros beyond the last one.
     Channels(&'s [E]),
 }
@@ -94,7 +95,7 @@ pub fn fade<E: Wide, I: Isa>(
         }
         Gates::Steps(sums) => {
             alpha.fill(power::<E, I>(sums[size.rows]));
-            by_step::<E, I>(size, Some(&sums), lefts, rights);
+            by_step::<E, I>(size, Some(sums), lefts, rights);
         }
         Gates::Channels(gates) => by_channel::<E, I>(size, gates, lefts, rights, scratch, alpha),
     }

@@ -57,7 +57,7 @@ impl<T: SimdElement> HeadRows<'_, T> {
     {
         load::<T, I>(self.tensor.row(sequence.batch, sequence.first + token, self.head), into);
         let factor = if self.l2norm { self.factor * inverse_length(into) } else { self.factor };
-        if factor != 1.0 {
+        if factor.to_bits() != 1f64.to_bits() {
             scale::<T::Acc, I>(into, T::Acc::from_f64(factor));
         }
     }

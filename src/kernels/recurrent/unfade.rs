@@ -63,7 +63,7 @@ pub fn unfade<E: Wide, I: Isa>(
 ) {
     match gates {
         Gates::None => by_step::<E, I>(size, None, lefts, rights, end),
-        Gates::Steps(sums) => by_step::<E, I>(size, Some(&sums), lefts, rights, end),
+        Gates::Steps(sums) => by_step::<E, I>(size, Some(sums), lefts, rights, end),
         Gates::Channels(gates) => by_channel::<E, I>(size, gates, lefts, rights, scratch, end),
     }
     let Size { rows, width, stride, .. } = size;
