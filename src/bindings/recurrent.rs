@@ -197,6 +197,10 @@ impl<'py> Call<'py> {
                 };
                 Writes::LowRank(Box::new([read("a", &a)?, read("b", &b)?]))
             }
+            (Some(_), None) | (None, Some(_)) => {
+                let arg = if named.get("a")?.is_some() { "b" } else { "a" };
+                return Err(Error::Kind { arg, expected: "an array, as the other one is".into(), got: "None".into() }.into());
+            }
             _ if named.flag("delta")? => Writes::Corrections,
             _ => Writes::Values,
         };

@@ -1,6 +1,7 @@
 //! Arithmetic on rows of whole vectors.
 
 use super::exp::exp2;
+use super::load::MAX_LANES;
 use crate::dtype::Float;
 use crate::simd::{Isa, SimdElement, Vector};
 
@@ -110,6 +111,22 @@ pub fn decays<T: SimdElement, I: Isa>(exponents: &[T::Acc], out: &mut [T::Acc]) 
     each_vector!(T, I, out.len(), d, {
         decay::<T, I>(T::V::<I>::load(&exponents[d..])).store(&mut out[d..]);
     });
+}
+
+/// Whether no element of `count` rows is infinite or NaN.
+#[inline(always)]
+pub fn are_finite<T: SimdElement, I: Isa>((rows, stride): (&[T::Acc], usize), [count, width]: [usize; 2]) -> bool {
+    // x - x is 0 for finite x and NaN otherwise.
+    let mut residue = T::V::<I>::splat(T::Acc::ZERO);
+    for i in 0..count {
+        each_vector!(T, I, width, d, {
+            let x = T::V::<I>::load(&rows[i * stride + d..]);
+            residue = residue.add(x.sub(x));
+        });
+    }
+    let mut lanes = [T::Acc::ZERO; MAX_LANES];
+    residue.store(&mut lanes);
+    lanes.iter().all(|&x| x == T::Acc::ZERO)
 }
 
 /// `columns[d][i] = rows[i][d]` for `count` rows and `width` elements of each, both of whole vectors; strides are of each side.

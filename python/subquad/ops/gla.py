@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .recurrent import recurrent
+from .recurrent import recurrent, refuse
+
+# The signatures are flash-linear-attention's.
+# ruff: noqa: FBT001, FBT002
 
 
 def chunk_gla(
@@ -17,8 +20,8 @@ def chunk_gla(
     g: Any,
     scale: float | None = None,
     initial_state: Any | None = None,
-    output_final_state: bool = False,  # noqa: FBT001, FBT002 - flash-linear-attention's signature
-    state_v_first: bool = False,  # noqa: FBT001, FBT002 - flash-linear-attention's signature
+    output_final_state: bool = False,
+    state_v_first: bool = False,
     cu_seqlens: Any | None = None,
     cu_seqlens_cpu: Any | None = None,
     **kwargs: Any,
@@ -29,14 +32,14 @@ def chunk_gla(
         q: queries, `[B, T, H, K]`.
         k: keys, `[B, T, H, K]`.
         v: values, `[B, T, H, V]`.
-        g: natural logarithms of the decays, 0 or below, `[B, T, H, K]`.
-        scale: factor of the outputs. Default: `K ** -0.5`.
+        g: log decays, `[B, T, H, K]`. `None`: no decay.
+        scale: factor of the outputs.
         initial_state: `[N, H, K, V]`.
         output_final_state: whether to return the final state.
         state_v_first: whether states are `[N, H, V, K]`.
         cu_seqlens: where packed sequences start, `[N + 1]`.
         cu_seqlens_cpu: no effect.
-        **kwargs: `chunk_size`, a multiple of 16 up to 64, changes speed only.
+        **kwargs: see `subquad.ops.recurrent`.
 
     Returns:
         The outputs, `[B, T, H, V]`, and the final state or `None`.
@@ -47,6 +50,55 @@ def chunk_gla(
         k,
         v,
         gk=g,
+        scale=scale,
+        initial_state=initial_state,
+        state_v_first=state_v_first,
+        cu_seqlens=cu_seqlens,
+        output_final_state=output_final_state,
+        unknown=kwargs,
+        names={"gk": "g"},
+    )
+
+
+def fused_recurrent_gla(
+    q: Any,
+    k: Any,
+    v: Any,
+    gk: Any | None = None,
+    gv: Any | None = None,
+    scale: float | None = None,
+    initial_state: Any | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Any | None = None,
+    **kwargs: Any,
+) -> tuple[Any, Any | None]:
+    """Computes what `chunk_gla` does.
+
+    Args:
+        q: `[B, T, H, K]`.
+        k: `[B, T, H, K]`.
+        v: `[B, T, H, V]`.
+        gk: `[B, T, H, K]`, the `g` of `chunk_gla`.
+        gv: must be `None`.
+        scale: see there.
+        initial_state: `[N, H, K, V]`.
+        output_final_state: see there.
+        reverse: must be False.
+        state_v_first: whether states are `[N, H, V, K]`.
+        cu_seqlens: `[N + 1]`.
+        **kwargs: see there.
+
+    Returns:
+        See there.
+    """
+    refuse(reverse=reverse, gv=gv)
+    return recurrent(
+        q,
+        k,
+        v,
+        gk=gk,
         scale=scale,
         initial_state=initial_state,
         state_v_first=state_v_first,

@@ -6,36 +6,75 @@ The engine keeps a state `S`, `[K, V]` for each head, that fades, is written to,
     o_t = scale * S_t^T q_t
 
 The operators differ in `g` and in what `u` is; each is named as in flash-linear-attention (Yang and Zhang 2024), with its order
-and meaning of arguments. All forms of an operator (`chunk_*`, `fused_recurrent_*`, `parallel_*`) compute the same: they differ in
-speed only. Arrays are PyTorch tensors, NumPy arrays or others that speak DLPack, of one library:
+and meaning of arguments. All forms of an operator (`chunk_*`, `fused_chunk_*`, `fused_recurrent_*`, `parallel_*`) compute the same,
+chunk by chunk or token by token as the length of the sequences asks for. Arrays are PyTorch tensors, NumPy arrays or others that
+speak DLPack, of one library:
 
-* float32, float64, float16 or bfloat16; gates, `beta` and states may be float32 beside the half types;
-* `q` and `k` are `[B, T, H, K]`, `v` is `[B, T, HV, V]`, with `HV` a multiple of `H` where an operator says so: value head `h` reads
-  head `h // (HV / H)`; `K` and `V` are 1 to 1024; any strides with a contiguous last axis;
+* float32, float64, float16 or bfloat16; gates, `beta` and states may be float32 beside the half types, and sums always are;
+* `q` and `k` are `[B, T, H, K]`, `v` is `[B, T, HV, V]`, with `HV` a multiple of `H` where an operator says so: value head `h`
+  reads head `h // (HV / H)`; `K` and `V` are 1 to 1024; any strides with a contiguous last axis;
+* `g` and what stands in its place are natural logarithms of decays, 0 or below; `-inf` clears the state;
+* `scale` is `K ** -0.5` unless an operator says otherwise;
 * with `cu_seqlens`, int32 or int64 `[N + 1]`, `B` is 1 and sequence `n` has the tokens `cu_seqlens[n]` to `cu_seqlens[n + 1] - 1`;
   otherwise `N` is `B`; sequences may be empty;
 * `initial_state` is `[N, HV, K, V]` (`[N, HV, V, K]` with `state_v_first`), zeros if it is `None`; the final state is returned
-  likewise, float32 (float64 for float64 inputs), with `output_final_state`, else `None`.
+  likewise, float32 (float64 for float64 inputs), with `output_final_state`, else `None`;
+* `**kwargs` may be `chunk_size`, a multiple of 16 up to 64, and `head_first=False`; like `cu_seqlens_cpu`, `chunk_indices`,
+  `safe_gate`, `disable_recompute` and `checkpoint_level` it changes no result.
 
 All of them raise:
 
 * `ValueError` for shapes that do not fit, gates above 0, sequences that do not start at 0, decrease, or do not end at `T`;
 * `TypeError` for dtypes that are not supported or differ, objects that are no arrays, mixed libraries, unknown keywords;
-* `NotImplementedError` for heads wider than 1024, and for tensors that require gradients.
+* `NotImplementedError` for heads wider than 1024, `reverse`, `output_attentions`, `cp_context`, `gv`, a `beta` for each column of
+  the values, and for tensors that require gradients: operators have no backward yet.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from .. import _native
 
 # Keywords of flash-linear-attention that say how a GPU should work, and change no result.
-_WITHOUT_EFFECT = frozenset({"cu_seqlens_cpu", "chunk_indices", "disable_recompute", "safe_gate", "checkpoint_level"})
+_WITHOUT_EFFECT = frozenset(
+    {"cu_seqlens_cpu", "chunk_indices", "disable_recompute", "safe_gate", "checkpoint_level"}
+)
+
+_INSTEAD = {
+    "reverse": "pass sequences with their tokens in reverse order",
+    "output_attentions": "outputs are computed without weights between tokens",
+    "cp_context": "sequences are not spread over processes",
+    "gv": "states fade by the channels of keys, not by those of values",
+    "return_intermediate_states": "ask for the final state of parts of the sequence",
+}
+
+
+def refuse(**given: Any) -> None:
+    """Raises `NotImplementedError` for arguments that ask for what the engine has not: those that are not `None` or False."""
+    for name, argument in given.items():
+        if argument is not None and argument is not False:
+            raise NotImplementedError(f"{name}: {type(argument).__name__} is not supported; {_INSTEAD[name]}")
+
+
+def require(**given: Any) -> None:
+    """Raises `TypeError` for arrays that are `None`, where the engine would take another operator to be meant."""
+    for name, argument in given.items():
+        if argument is None:
+            raise TypeError(f"{name}: expected an array, got None")
 
 
 def recurrent(
-    q: Any, k: Any, v: Any, *, output_final_state: bool, unknown: dict[str, Any] | None = None, **options: Any
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    output_final_state: bool,
+    unknown: Mapping[str, Any] | None = None,
+    names: Mapping[str, str] | None = None,
+    **options: Any,
 ) -> tuple[Any, Any | None]:
     """Calls the engine.
 
@@ -45,16 +84,39 @@ def recurrent(
         v: values.
         output_final_state: whether to return the state after the last token.
         unknown: keywords of the caller that its signature does not name.
+        names: what the caller calls arguments of the engine, where that differs, for messages.
         **options: what is not `None` of the options of the extension.
 
     Returns:
         The outputs, and the final state or `None`.
     """
     for name, given in (unknown or {}).items():
-        if name == "head_first" and not given:
-            continue
         if name == "chunk_size":
-            options.setdefault("chunk_size", given)
-        elif name not in _WITHOUT_EFFECT:
+            options["chunk_size"] = given
+        elif name == "transpose_state_layout" and "state_v_first" in options:
+            options["state_v_first"] = _renamed_flag(given, replaces=options["state_v_first"])
+        elif name not in _WITHOUT_EFFECT and not (name == "head_first" and given is False):
             raise TypeError(f"{name}: expected no such argument, got {type(given).__name__}")
-    return _native.recurrent(q, k, v, options, output_final_state)
+    try:
+        return _native.recurrent(q, k, v, options, output_final_state)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        if names is None:
+            raise
+        raise type(error)(_renamed(str(error), names)) from None
+
+
+def _renamed_flag(given: Any, *, replaces: bool) -> Any:
+    if replaces:
+        raise ValueError("transpose_state_layout: expected no such argument, as state_v_first is given")
+    message = "transpose_state_layout is an old name of state_v_first"
+    # Of the caller of the operator.
+    warnings.warn(message, DeprecationWarning, stacklevel=4)
+    return given
+
+
+def _renamed(message: str, names: Mapping[str, str]) -> str:
+    """Returns a message of the extension, `name: ... as other has ...`, with the caller's names."""
+    name, colon, rest = message.partition(":")
+    for old, new in names.items():
+        rest = rest.replace(f" as {old} ", f" as {new} ")
+    return names.get(name, name) + colon + rest

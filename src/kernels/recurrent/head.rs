@@ -4,7 +4,7 @@ use super::pairs::{ChannelScratch, Gates, Left, Right, Size, fade};
 use super::rows::HeadRows;
 use super::{Decay, Numbers, RecurrentArgs, Rule, Sequence};
 use crate::dtype::Float;
-use crate::math::elementwise::{multiply, scale, subtract_and_scale};
+use crate::math::elementwise::{are_finite, multiply, scale, subtract_and_scale};
 use crate::math::load::MAX_LANES;
 use crate::math::product::{Factors, ROW_STEP, Rows, add_product, row_width, scale_and_add};
 use crate::math::triangular::substitute;
@@ -345,11 +345,13 @@ where
     #[inline(always)]
     pub fn add_met<I: Isa>(&self, products: &[T::Acc], written: &[T::Acc], sums: &mut [T::Acc]) {
         let Size { rows, chunk, .. } = self.size;
+        // Within a block, rows that are not met have factors of 0, which must hide what is not finite.
+        let finite = are_finite::<T::Acc, I>((written, self.stride_v), [rows, self.width_v]);
         for first in (0..rows).step_by(BLOCK) {
             let factors = Factors { data: &products[first * chunk..], row: chunk, step: 1 };
             let sums = (&mut sums[first * self.stride_v..], self.stride_v);
             let size = [BLOCK, first + BLOCK, self.width_v];
-            add_product::<T::Acc, I>(factors, Rows::new(written, self.stride_v), sums, size);
+            add_product::<T::Acc, I>(factors, Rows { finite, ..Rows::new(written, self.stride_v) }, sums, size);
         }
     }
 }

@@ -82,6 +82,9 @@ struct Heads<'a, T: Element> {
     group: usize,
 }
 
+/// Calls of fewer floating-point operations than this are over before another thread would start.
+const SERIAL_FLOPS: usize = 1 << 21;
+
 /// The chunk of [`Form::Auto`].
 const CHUNK: usize = 32;
 
@@ -125,6 +128,9 @@ where
         assert!(size > 0 && size.is_multiple_of(BLOCK) && size <= MAX_CHUNK, "chunks of {size} tokens");
     }
     let heads = args.shape.num_value_heads;
+    let tokens: usize = args.sequences.iter().map(|sequence| sequence.len).sum();
+    let flops = 4 * tokens * heads * args.shape.head_dim * args.shape.head_dim_v;
+    let threads = if flops < SERIAL_FLOPS { 1 } else { threads };
     let group = (args.sequences.len() * heads / (TASKS_PER_THREAD * threads.max(1))).clamp(1, MOST_HEADS);
     for_each_tile(level, threads, args.sequences.len() * heads.div_ceil(group), &Heads { args, out, form, group });
 }
