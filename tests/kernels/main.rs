@@ -5,6 +5,7 @@ mod case;
 mod gradients;
 mod modified;
 mod recurrent;
+mod recurrent_gradients;
 mod second;
 mod segments;
 

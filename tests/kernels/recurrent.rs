@@ -11,7 +11,7 @@ use subquad::simd::{Level, SimdElement, Wide};
 use subquad::tensor::Tensor;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Fades {
+pub enum Fades {
     Never,
     ByHead,
     ByStep,
@@ -19,7 +19,7 @@ enum Fades {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Writes {
+pub enum Writes {
     Values,
     ScaledValues,
     ValuesWithBonus,
@@ -27,29 +27,30 @@ enum Writes {
     LowRank,
 }
 
-struct Case<T: Element> {
-    shape: RecurrentShape,
-    fades: Fades,
-    writes: Writes,
-    l2norm: bool,
+#[derive(Clone)]
+pub struct Case<T: Element> {
+    pub shape: RecurrentShape,
+    pub fades: Fades,
+    pub writes: Writes,
+    pub l2norm: bool,
     v_first: bool,
-    q: Vec<T>,
-    k: Vec<T>,
-    v: Vec<T>,
-    a: Vec<T>,
-    b: Vec<T>,
-    gates: Vec<T::Acc>,
-    head_gates: Vec<f64>,
-    beta: Vec<T::Acc>,
-    bonus: Vec<f64>,
-    initial: Vec<T::Acc>,
-    sequences: Vec<Sequence>,
+    pub q: Vec<T>,
+    pub k: Vec<T>,
+    pub v: Vec<T>,
+    pub a: Vec<T>,
+    pub b: Vec<T>,
+    pub gates: Vec<T::Acc>,
+    pub head_gates: Vec<f64>,
+    pub beta: Vec<T::Acc>,
+    pub bonus: Vec<f64>,
+    pub initial: Vec<T::Acc>,
+    pub sequences: Vec<Sequence>,
 }
 
-type Results<T> = (Vec<T>, Vec<<T as Element>::Acc>);
+pub type Results<T> = (Vec<T>, Vec<<T as Element>::Acc>);
 
 impl<T: Element> Case<T> {
-    fn new(shape: RecurrentShape, (fades, writes): (Fades, Writes), gate: f64) -> Self {
+    pub fn new(shape: RecurrentShape, (fades, writes): (Fades, Writes), gate: f64) -> Self {
         let mut stream = Stream(5);
         let RecurrentShape { batch, seqlen, num_heads, num_value_heads, head_dim, head_dim_v } = shape;
         let width = (head_dim as f64).sqrt();
@@ -90,7 +91,8 @@ impl<T: Element> Case<T> {
         }
     }
 
-    fn run(&self, in_place: bool, form: impl Fn(&RecurrentArgs<'_, T>, &RecurrentOut<'_, T>)) -> Results<T> {
+    /// Calls with the arguments.
+    pub fn with_args<R>(&self, with: impl FnOnce(&RecurrentArgs<'_, T>) -> R) -> R {
         let RecurrentShape { batch, seqlen, num_heads, num_value_heads: heads, head_dim, head_dim_v } = self.shape;
         let of_keys = [batch, seqlen, num_heads, head_dim];
         let tensor = |data| Tensor::contiguous("q", data, of_keys).unwrap();
@@ -120,6 +122,11 @@ impl<T: Element> Case<T> {
             l2norm: self.l2norm,
             sequences: &self.sequences,
         };
+        with(&args)
+    }
+
+    pub fn run(&self, in_place: bool, form: impl Fn(&RecurrentArgs<'_, T>, &RecurrentOut<'_, T>)) -> Results<T> {
+        let RecurrentShape { batch, seqlen, num_value_heads: heads, head_dim, head_dim_v, .. } = self.shape;
         let len = head_dim * head_dim_v;
         let states = [self.sequences.len(), heads, 1, len];
         let nan = T::Acc::from_f64(f64::NAN);
@@ -139,7 +146,7 @@ impl<T: Element> Case<T> {
                 v_first: self.v_first,
             },
         };
-        form(&args, &writers);
+        self.with_args(|args| form(args, &writers));
         drop(writers);
         (out, last)
     }
@@ -176,7 +183,7 @@ fn compare(got: &[f64], want: &[f64], tolerance: f64, what: &str) {
     }
 }
 
-fn shape(seqlen: usize, heads: (usize, usize), dims: (usize, usize)) -> RecurrentShape {
+pub fn shape(seqlen: usize, heads: (usize, usize), dims: (usize, usize)) -> RecurrentShape {
     let batch = if seqlen < 20 { 2 } else { 1 };
     RecurrentShape { batch, seqlen, num_heads: heads.0, num_value_heads: heads.1, head_dim: dims.0, head_dim_v: dims.1 }
 }
