@@ -1,6 +1,6 @@
 //! The chunk form: some heads of one sequence, chunk after chunk.
 
-use super::head::{BLOCK, Chunk, Head, MAX_CHUNK, chunk_len};
+use super::head::{Chunk, Head, chunk_len};
 use super::states::Flat;
 use super::{MOST_HEADS, RecurrentArgs, RecurrentOut};
 use crate::dtype::Float;
