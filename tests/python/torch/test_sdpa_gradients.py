@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - everybody's name for it
 from torch.autograd import gradcheck
+from torch.testing._internal.common_methods_invocations import op_db
 
 import subquad
 
-op_db = pytest.importorskip("torch.testing._internal.common_methods_invocations").op_db
 (OPERATOR,) = (op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention")
 
 
