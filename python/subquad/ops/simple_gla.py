@@ -89,16 +89,8 @@ def fused_chunk_simple_gla(
     Returns:
         See there.
     """
-    return recurrent(
-        q,
-        k,
-        v,
-        g=g,
-        g_gamma=g_gamma,
-        scale=scale,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        output_final_state=output_final_state,
+    return chunk_simple_gla(
+        q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens
     )
 
 
