@@ -77,17 +77,6 @@ fn table(data: Option<&Vec<f64>>, strides: [usize; 3]) -> Option<RowTable<'_>> {
     data.map(|data| RowTable { data, strides })
 }
 
-/// A stream of values in `[-1, 1)`: the tests need variety, not randomness.
-pub struct Stream(pub u64);
-impl Stream {
-    pub fn next(&mut self) -> f64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 11) as f64 / (1u64 << 52) as f64 - 1.0
-    }
-    pub fn fill<T: Element>(&mut self, len: usize, width: f64) -> Vec<T> {
-        (0..len).map(|_| T::from_acc(T::Acc::from_f64(self.next() * width))).collect()
-    }
-}
 
 impl<T: SimdElement> Case<T> {
     pub fn new(shape: AttnShape, seen: Seen, width: f64) -> Self {
@@ -220,10 +209,6 @@ pub type Results<T> = (Vec<T>, Vec<<T as Element>::Acc>);
 
 pub fn assert_same<T: Element>(one: &[T], other: &[T]) {
     assert_eq!(bytemuck::cast_slice::<T, u8>(one), bytemuck::cast_slice::<T, u8>(other), "threads change bits");
-}
-
-pub fn widen<T: Element>(x: &[T]) -> Vec<f64> {
-    x.iter().map(|x| x.to_acc().to_f64()).collect()
 }
 
 pub fn shape(batch: usize, q: usize, k: usize, heads: (usize, usize), dims: (usize, usize)) -> AttnShape {

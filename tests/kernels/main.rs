@@ -4,10 +4,10 @@
 mod case;
 mod gradients;
 mod modified;
-mod recurrent;
-mod recurrent_gradients;
 mod second;
 mod segments;
+#[path = "../common/stream.rs"]
+mod stream;
 
 use case::{BiasKind, Case, Seen, shape};
 use half::{bf16, f16};

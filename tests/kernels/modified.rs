@@ -1,6 +1,7 @@
 //! Score modifiers, normalisers and intervals, alone and together.
 
-use crate::case::{BiasKind, Case, Mods, Seen, Stream, shape};
+use crate::case::{BiasKind, Case, Mods, Seen, shape};
+use crate::stream::Stream;
 use half::bf16;
 use subquad::kernels::exact::Blocking;
 use subquad::kernels::mask::{RowRanges, Window};

@@ -1,6 +1,7 @@
 //! Higher derivatives against central differences of the naive forms, at every level.
 
-use crate::case::{BiasKind, Case, Mods, Seen, Stream, shape};
+use crate::case::{BiasKind, Case, Mods, Seen, shape};
+use crate::stream::Stream;
 use subquad::index::{Segment, Segments};
 use subquad::kernels::bias::{Bias, BiasView};
 use subquad::kernels::exact::backward::sums::SumTable;

@@ -1,6 +1,6 @@
 //! Segments: padded batches, sequences packed one after the other, pages.
 
-use crate::case::Stream;
+use crate::stream::Stream;
 use subquad::index::{Pages, Segment, Segments};
 use subquad::kernels::bias::Bias;
 use subquad::kernels::exact::{self, Blocking, ExactArgs, ExactOut, naive};

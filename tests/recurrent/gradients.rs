@@ -1,7 +1,7 @@
 //! The backward of recurrent attention against differences of the definition, in double precision.
 
-use crate::case::Stream;
-use crate::recurrent::{Case, Fades, Writes, shape};
+use crate::case::{Case, Fades, Writes, shape};
+use crate::stream::Stream;
 use subquad::kernels::recurrent::backward::{BackwardArgs, Gradients, backward};
 use subquad::kernels::recurrent::{Numbers, RecurrentShape, naive};
 use subquad::parallel::RowWriter;
