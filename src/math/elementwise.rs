@@ -3,7 +3,7 @@
 use super::exp::exp2;
 use super::load::MAX_LANES;
 use crate::dtype::Float;
-use crate::simd::{Isa, SimdElement, Vector};
+use crate::simd::{Isa, Routine, SimdElement, Vector};
 
 /// Runs `body` at the start of each vector of `len` elements. Iterators over chunks would divide, which takes longer than short rows.
 macro_rules! each_vector {
@@ -132,20 +132,36 @@ pub fn are_finite<T: SimdElement, I: Isa>((rows, stride): (&[T::Acc], usize), [c
 /// `columns[d][i] = rows[i][d]` for `count` rows and `width` elements of each, both of whole vectors; strides are of each side.
 #[inline(always)]
 pub fn transpose<T: SimdElement, I: Isa>(
-    (rows, row_stride): (&[T::Acc], usize),
-    (columns, column_stride): (&mut [T::Acc], usize),
-    [count, width]: [usize; 2],
+    rows: (&[T::Acc], usize),
+    columns: (&mut [T::Acc], usize),
+    size: [usize; 2],
 ) {
-    each_vector!(T, I, count, i, {
-        each_vector!(T, I, width, d, {
-            let mut block = T::V::<I>::zero_block();
-            for (r, row) in block.as_mut().iter_mut().enumerate() {
-                *row = T::V::<I>::load(&rows[(i + r) * row_stride + d..]);
-            }
-            let block = T::V::<I>::transpose(block);
-            for (r, &column) in block.as_ref().iter().enumerate() {
-                column.store(&mut columns[(d + r) * column_stride + i..]);
-            }
+    I::call(Transpose::<T> { rows, columns, size });
+}
+
+struct Transpose<'a, T: SimdElement> {
+    rows: (&'a [T::Acc], usize),
+    columns: (&'a mut [T::Acc], usize),
+    size: [usize; 2],
+}
+
+impl<T: SimdElement> Routine for Transpose<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let Self { rows: (rows, row_stride), columns: (columns, column_stride), size: [count, width] } = self;
+        each_vector!(T, I, count, i, {
+            each_vector!(T, I, width, d, {
+                let mut block = T::V::<I>::zero_block();
+                for (r, row) in block.as_mut().iter_mut().enumerate() {
+                    *row = T::V::<I>::load(&rows[(i + r) * row_stride + d..]);
+                }
+                let block = T::V::<I>::transpose(block);
+                for (r, &column) in block.as_ref().iter().enumerate() {
+                    column.store(&mut columns[(d + r) * column_stride + i..]);
+                }
+            });
         });
-    });
+    }
 }

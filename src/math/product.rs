@@ -2,7 +2,7 @@
 
 use super::load::MAX_LANES;
 use crate::dtype::Float;
-use crate::simd::{Isa, SimdElement, Vector, tile};
+use crate::simd::{Isa, Routine, SimdElement, Vector, tile};
 
 /// Rows of [`add_product`] come in multiples of this.
 pub const ROW_STEP: usize = 4;
@@ -48,14 +48,10 @@ impl<'a, E> Rows<'a, E> {
 pub fn add_product<T: SimdElement, I: Isa>(
     factors: Factors<'_, T::Acc>,
     matrix: Rows<'_, T::Acc>,
-    (sums, stride): (&mut [T::Acc], usize),
-    [rows, depth, width]: [usize; 3],
+    sums: (&mut [T::Acc], usize),
+    size: [usize; 3],
 ) {
-    if matrix.finite {
-        scale_and_add::<T, I>(None, factors, matrix, (sums, stride), [rows, depth, width]);
-    } else {
-        add_seen::<T, I>(factors, matrix, (sums, stride), [rows, depth, width]);
-    }
+    I::call(Product::<T> { scale: None, factors, matrix, sums, size });
 }
 
 /// As [`add_product`], to `scale[i] * sums[i]`, as if all were finite.
@@ -64,28 +60,50 @@ pub fn scale_and_add<T: SimdElement, I: Isa>(
     scale: Option<&[T::Acc]>,
     factors: Factors<'_, T::Acc>,
     matrix: Rows<'_, T::Acc>,
-    (sums, stride): (&mut [T::Acc], usize),
-    [rows, depth, width]: [usize; 3],
+    sums: (&mut [T::Acc], usize),
+    size: [usize; 3],
 ) {
-    let lanes = T::V::<I>::LANES;
-    let mut n = 0;
-    while n < width {
-        // Two vectors of all rows of the matrix stay in L1 while the rows of the factors take turns.
-        let columns = Rows { data: matrix.data.get(n..).unwrap_or_default(), ..matrix };
-        let two = n + 2 * lanes <= width;
-        let mut i = 0;
-        while i < rows {
-            let factors = Factors { data: &factors.data[i * factors.row..], ..factors };
-            let scale = scale.map(|scale| &scale[i..]);
-            let sums = (&mut sums[i * stride + n..], stride);
-            i += match (I::REGISTERS >= 32 && i + 2 * ROW_STEP <= rows, two) {
-                (true, true) => block::<T, I, { 2 * ROW_STEP }, 2>(scale, factors, columns, sums, depth),
-                (true, false) => block::<T, I, { 2 * ROW_STEP }, 1>(scale, factors, columns, sums, depth),
-                (false, true) => block::<T, I, ROW_STEP, 2>(scale, factors, columns, sums, depth),
-                (false, false) => block::<T, I, ROW_STEP, 1>(scale, factors, columns, sums, depth),
-            };
+    I::call(Product::<T> { scale, factors, matrix: Rows { finite: true, ..matrix }, sums, size });
+}
+
+struct Product<'a, T: SimdElement> {
+    scale: Option<&'a [T::Acc]>,
+    factors: Factors<'a, T::Acc>,
+    matrix: Rows<'a, T::Acc>,
+    sums: (&'a mut [T::Acc], usize),
+    size: [usize; 3],
+}
+
+impl<T: SimdElement> Routine for Product<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let Self { scale, factors, matrix, sums: (sums, stride), size: [rows, depth, width] } = self;
+        if !matrix.finite {
+            add_seen::<T, I>(factors, matrix, (sums, stride), [rows, depth, width]);
+            return;
         }
-        n += if two { 2 * lanes } else { lanes };
+        let lanes = T::V::<I>::LANES;
+        let mut n = 0;
+        while n < width {
+            // Two vectors of all rows of the matrix stay in L1 while the rows of the factors take turns.
+            let columns = Rows { data: matrix.data.get(n..).unwrap_or_default(), ..matrix };
+            let two = n + 2 * lanes <= width;
+            let mut i = 0;
+            while i < rows {
+                let factors = Factors { data: &factors.data[i * factors.row..], ..factors };
+                let scale = scale.map(|scale| &scale[i..]);
+                let sums = (&mut sums[i * stride + n..], stride);
+                i += match (I::REGISTERS >= 32 && i + 2 * ROW_STEP <= rows, two) {
+                    (true, true) => block::<T, I, { 2 * ROW_STEP }, 2>(scale, factors, columns, sums, depth),
+                    (true, false) => block::<T, I, { 2 * ROW_STEP }, 1>(scale, factors, columns, sums, depth),
+                    (false, true) => block::<T, I, ROW_STEP, 2>(scale, factors, columns, sums, depth),
+                    (false, false) => block::<T, I, ROW_STEP, 1>(scale, factors, columns, sums, depth),
+                };
+            }
+            n += if two { 2 * lanes } else { lanes };
+        }
     }
 }
 

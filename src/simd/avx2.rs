@@ -9,7 +9,7 @@
               and every memory access is preceded by a slice of exactly its length"
 )]
 
-use super::{Isa, Level, Task, Vector, Widen};
+use super::{Isa, Level, Routine, Task, Vector, Widen};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
@@ -272,4 +272,14 @@ impl Isa for Avx2 {
             _mm_storeu_si128(dst.as_mut_ptr().cast(), _mm256_castsi256_si128(low_half));
         }
     }
+    #[inline(always)]
+    fn call<R: Routine>(routine: R) -> R::Output {
+        unsafe { call(routine) }
+    }
+}
+
+#[inline(never)]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn call<R: Routine>(routine: R) -> R::Output {
+    routine.run::<Avx2>()
 }

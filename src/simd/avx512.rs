@@ -10,7 +10,7 @@
               and every memory access is preceded by a slice of exactly its length"
 )]
 
-use super::{Bf16Pairs, Isa, Level, PairDot, Task, Vector, Widen};
+use super::{Bf16Pairs, Isa, Level, PairDot, Routine, Task, Vector, Widen};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
@@ -324,6 +324,16 @@ impl Isa for Avx512 {
     fn store_bf16(v: F32x16, dst: &mut [bf16]) {
         store_bf16(v, dst);
     }
+    #[inline(always)]
+    fn call<R: Routine>(routine: R) -> R::Output {
+        unsafe { call(routine) }
+    }
+}
+
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,f16c")]
+fn call<R: Routine>(routine: R) -> R::Output {
+    routine.run::<Avx512>()
 }
 
 impl Isa for Avx512Bf16 {
@@ -350,6 +360,16 @@ impl Isa for Avx512Bf16 {
     fn store_bf16(v: F32x16, dst: &mut [bf16]) {
         store_bf16(v, dst);
     }
+    #[inline(always)]
+    fn call<R: Routine>(routine: R) -> R::Output {
+        unsafe { call_bf16(routine) }
+    }
+}
+
+#[inline(never)]
+#[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,f16c")]
+fn call_bf16<R: Routine>(routine: R) -> R::Output {
+    routine.run::<Avx512Bf16>()
 }
 
 impl Bf16Pairs for Avx512Bf16 {

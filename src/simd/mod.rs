@@ -92,6 +92,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn load_bf16(src: &[bf16]) -> Self::F32;
     /// Rounds to nearest even into the first `F32::LANES` elements.
     fn store_bf16(v: Self::F32, dst: &mut [bf16]);
+    /// Calls a routine, compiled for this instruction set.
+    fn call<R: Routine>(routine: R) -> R::Output;
 }
 
 /// An instruction set with dot products of bf16 pairs. Packed pairs travel as the bits of f32 lanes.
@@ -118,4 +120,15 @@ pub trait Bf16Pairs: Isa {
 pub trait Task {
     /// Does piece `index` of the work with instruction set `I`.
     fn run<I: Isa>(&self, index: usize);
+}
+
+/// A part of tasks that is compiled once for each instruction set, where what is inlined is compiled anew in every place: for what takes
+/// much longer than a call.
+///
+/// Implementations mark [`Routine::run`] `#[inline(always)]`.
+pub trait Routine {
+    /// What it returns.
+    type Output;
+    /// Does the work with instruction set `I`.
+    fn run<I: Isa>(self) -> Self::Output;
 }

@@ -1,6 +1,6 @@
 //! Plain Rust: the lowest level and the one that Miri and valgrind can follow. Four lanes, which any compiler maps to SSE2.
 
-use super::{Isa, Level, Vector, Widen};
+use super::{Isa, Level, Routine, Vector, Widen};
 use crate::dtype::{Element, Float};
 use half::{bf16, f16};
 
@@ -193,5 +193,9 @@ impl Isa for Portable {
     #[inline(always)]
     fn store_bf16(v: Self::F32, dst: &mut [bf16]) {
         dst[..LANES].copy_from_slice(&v.0.map(bf16::from_acc));
+    }
+    #[inline(never)]
+    fn call<R: Routine>(routine: R) -> R::Output {
+        routine.run::<Self>()
     }
 }

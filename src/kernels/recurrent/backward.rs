@@ -15,7 +15,7 @@
 use super::head::{Chunk, Head, MAX_CHUNK, chunk_len};
 use super::pairs::Size;
 use super::rows::HeadRows;
-use super::unfade::{LeftGradient, RightGradient, UnfadeScratch, unfade};
+use super::unfade::{LeftGradient, RightGradient, Unfade, UnfadeScratch};
 use super::{BLOCK, Decay, Numbers, RecurrentArgs, Rule};
 use crate::dtype::{Element, Float};
 use crate::math::elementwise::{add, add_product_of, add_scaled, scale, transpose};
@@ -339,8 +339,15 @@ where
             RightGradient { rows: &*work.rights[0], gradient: first },
             RightGradient { rows: &*work.rights[1], gradient: second },
         ];
-        let ends = (&mut *work.end, &mut *work.gates);
-        unfade::<T::Acc, I>(head.size, gates, &mut left[..lefts], &mut right[..rights], &mut work.unfade, ends);
+        I::call(Unfade {
+            size: head.size,
+            gates,
+            lefts: &mut left[..lefts],
+            rights: &mut right[..rights],
+            scratch: &mut work.unfade,
+            end: work.end,
+            gate_gradient: work.gates,
+        });
     }
 
     /// Writes the gradients of what each value head has of its own.

@@ -1,6 +1,6 @@
 //! One head of one sequence at a chunk: what it is worked on with, and the stages of the work.
 
-use super::pairs::{ChannelScratch, Gates, Left, Right, Size, fade};
+use super::pairs::{ChannelScratch, Fade, Gates, Left, Right, Size};
 use super::rows::HeadRows;
 use super::{Decay, Numbers, RecurrentArgs, Rule, Sequence};
 use crate::dtype::Float;
@@ -186,7 +186,7 @@ where
         let gates = self.gates::<I>(&mut sums, work.gates);
         let [lefts, rights] = work.counts;
         let (lefts, rights) = (&mut work.lefts[..lefts], &mut work.rights[..rights]);
-        fade::<T::Acc, I>(self.size, gates, lefts, rights, &mut work.scratch, work.alpha);
+        I::call(Fade { size: self.size, gates, lefts, rights, scratch: &mut work.scratch, alpha: work.alpha });
     }
 
     /// Finds what is written, from the values and what is read of the state.

@@ -10,7 +10,7 @@ use super::head::{BLOCK, MAX_CHUNK};
 use crate::math::elementwise::{add, add_scaled, decay, decays, fade_away, multiply, multiply_decays, scale, transpose};
 use crate::math::load::MAX_LANES;
 use crate::math::product::{Factors, Rows, add_product};
-use crate::simd::{Isa, Vector, Wide};
+use crate::simd::{Isa, Routine, Vector, Wide};
 
 /// Powers of two by which right rows are brought back at most: their exponents are then exact to `LIMIT` units in the last place of 1.
 pub const LIMIT: f64 = 16.0;
@@ -78,26 +78,34 @@ pub struct ChannelScratch<'s, E> {
     pub ratio: &'s mut [E],
 }
 
-/// Computes the products of left and right rows, then fades the rows; writes to `alpha`, `[width]`, what the state fades by.
-#[inline(always)]
-pub fn fade<E: Wide, I: Isa>(
-    size: Size,
-    gates: Gates<'_, E>,
-    lefts: &mut [Left<'_, E>],
-    rights: &mut [Right<'_, E>],
-    scratch: &mut ChannelScratch<'_, E>,
-    alpha: &mut [E],
-) {
-    match gates {
-        Gates::None => {
-            alpha.fill(E::from_f64(1.0));
-            by_step::<E, I>(size, None, lefts, rights);
+/// Computes the products of left and right rows, then fades the rows.
+pub struct Fade<'c, 's, E> {
+    pub size: Size,
+    pub gates: Gates<'c, E>,
+    pub lefts: &'c mut [Left<'s, E>],
+    pub rights: &'c mut [Right<'s, E>],
+    pub scratch: &'c mut ChannelScratch<'s, E>,
+    /// `[width]`: what the state fades by is written here.
+    pub alpha: &'c mut [E],
+}
+
+impl<E: Wide> Routine for Fade<'_, '_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let Self { size, gates, lefts, rights, scratch, alpha } = self;
+        match gates {
+            Gates::None => {
+                alpha.fill(E::from_f64(1.0));
+                by_step::<E, I>(size, None, lefts, rights);
+            }
+            Gates::Steps(sums) => {
+                alpha.fill(power::<E, I>(sums[size.rows]));
+                by_step::<E, I>(size, Some(sums), lefts, rights);
+            }
+            Gates::Channels(gates) => by_channel::<E, I>(size, gates, lefts, rights, scratch, alpha),
         }
-        Gates::Steps(sums) => {
-            alpha.fill(power::<E, I>(sums[size.rows]));
-            by_step::<E, I>(size, Some(sums), lefts, rights);
-        }
-        Gates::Channels(gates) => by_channel::<E, I>(size, gates, lefts, rights, scratch, alpha),
     }
 }
 

@@ -8,7 +8,7 @@ use super::head::{BLOCK, MAX_CHUNK};
 use super::pairs::{Gates, LIMIT, Size, fade_backwards, fade_forwards, fades_of, next_ratio, power, sum_rows};
 use crate::math::elementwise::{add_product_of, add_scaled, decays, fade_away, multiply, multiply_decays, scale};
 use crate::math::product::{Factors, Rows, add_product};
-use crate::simd::{Isa, Wide};
+use crate::simd::{Isa, Routine, Wide};
 
 /// Rows that read, and gradients.
 pub struct LeftGradient<'s, E> {
@@ -49,37 +49,44 @@ pub struct UnfadeScratch<'s, E> {
 }
 
 /// Computes the gradients of rows and gates.
-///
-/// `end` is the gradient of what the state fades by times that, `[width]`; what each row's gate contributes is written to `gates`: `[chunk,
-/// stride]`, for one gate of all channels to be summed over them.
-#[inline(always)]
-pub fn unfade<E: Wide, I: Isa>(
-    size: Size,
-    gates: Gates<'_, E>,
-    lefts: &mut [LeftGradient<'_, E>],
-    rights: &mut [RightGradient<'_, E>],
-    scratch: &mut UnfadeScratch<'_, E>,
-    (end, gate_gradient): (&mut [E], &mut [E]),
-) {
-    match gates {
-        Gates::None => by_step::<E, I>(size, None, lefts, rights, end),
-        Gates::Steps(sums) => by_step::<E, I>(size, Some(sums), lefts, rights, end),
-        Gates::Channels(gates) => by_channel::<E, I>(size, gates, lefts, rights, scratch, end),
-    }
-    let Size { rows, width, stride, .. } = size;
-    // From the last row on, `end` is the gradient of the sum of the gates up to a row.
-    for i in (0..rows).rev() {
-        let at = |i: usize| i * stride..i * stride + width;
-        for right in rights.iter() {
-            add_product_of::<E, I>(end, &right.rows[at(i)], &right.gradient[at(i)], E::from_f64(-1.0));
+pub struct Unfade<'c, 's, 'w, E> {
+    pub size: Size,
+    pub gates: Gates<'c, E>,
+    pub lefts: &'c mut [LeftGradient<'s, E>],
+    pub rights: &'c mut [RightGradient<'s, E>],
+    pub scratch: &'c mut UnfadeScratch<'w, E>,
+    /// `[width]`: the gradient of what the state fades by, times that.
+    pub end: &'c mut [E],
+    /// `[chunk, stride]`: what each row's gate contributes is written here; for one gate of all channels it is to be summed over them.
+    pub gate_gradient: &'c mut [E],
+}
+
+impl<E: Wide> Routine for Unfade<'_, '_, '_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let Self { size, gates, lefts, rights, scratch, end, gate_gradient } = self;
+        match gates {
+            Gates::None => by_step::<E, I>(size, None, lefts, rights, end),
+            Gates::Steps(sums) => by_step::<E, I>(size, Some(sums), lefts, rights, end),
+            Gates::Channels(gates) => by_channel::<E, I>(size, gates, lefts, rights, scratch, end),
         }
-        for left in lefts.iter() {
-            let reader = if left.exclusive { i + 1 } else { i };
-            if reader < rows {
-                add_product_of::<E, I>(end, &left.rows[at(reader)], &left.gradient[at(reader)], E::from_f64(1.0));
+        let Size { rows, width, stride, .. } = size;
+        // From the last row on, `end` is the gradient of the sum of the gates up to a row.
+        for i in (0..rows).rev() {
+            let at = |i: usize| i * stride..i * stride + width;
+            for right in rights.iter() {
+                add_product_of::<E, I>(end, &right.rows[at(i)], &right.gradient[at(i)], E::from_f64(-1.0));
             }
+            for left in lefts.iter() {
+                let reader = if left.exclusive { i + 1 } else { i };
+                if reader < rows {
+                    add_product_of::<E, I>(end, &left.rows[at(reader)], &left.gradient[at(reader)], E::from_f64(1.0));
+                }
+            }
+            gate_gradient[at(i)].copy_from_slice(end);
         }
-        gate_gradient[at(i)].copy_from_slice(end);
     }
 }
 
