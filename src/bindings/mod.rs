@@ -15,6 +15,7 @@ mod merge;
 mod options;
 mod probes;
 mod recurrent;
+mod recurrent_backward;
 mod result;
 mod runtime;
 mod sdpa;
@@ -37,6 +38,7 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(kvcache::attention_with_kvcache, module)?)?;
     module.add_function(wrap_pyfunction!(merge::merge_attention, module)?)?;
     module.add_function(wrap_pyfunction!(recurrent::recurrent, module)?)?;
+    module.add_function(wrap_pyfunction!(recurrent_backward::recurrent_backward, module)?)?;
     module.add_function(wrap_pyfunction!(sdpa::scaled_dot_product_attention, module)?)?;
     module.add_function(wrap_pyfunction!(runtime::set_num_threads, module)?)?;
     module.add_function(wrap_pyfunction!(runtime::get_num_threads, module)?)?;

@@ -21,7 +21,7 @@ use pyo3::types::PyDict;
 const MAX_SEQUENCES: usize = 1 << 24;
 
 /// Arrays beside queries, keys and values, by name.
-struct Named<'a, 'py>(&'a Bound<'py, PyDict>);
+pub struct Named<'a, 'py>(&'a Bound<'py, PyDict>);
 
 impl<'py> Named<'_, 'py> {
     fn get(&self, arg: &str) -> PyResult<Option<Bound<'py, PyAny>>> {
@@ -50,31 +50,31 @@ impl<'py> Named<'_, 'py> {
 }
 
 /// What is written to the state.
-enum Writes<'py> {
+pub enum Writes<'py> {
     Values,
     Corrections,
     LowRank(Box<[Array<'py>; 2]>),
 }
 
 /// The arguments of a call, checked.
-struct Call<'py> {
-    q: Array<'py>,
-    k: Array<'py>,
-    v: Array<'py>,
-    shape: RecurrentShape,
-    sequences: Vec<Sequence>,
-    steps: Option<Array<'py>>,
-    channels: Option<Array<'py>>,
-    heads: Option<Vec<f64>>,
-    writes: Writes<'py>,
-    beta: Option<Array<'py>>,
-    bonus: Option<Vec<f64>>,
-    initial: Option<Array<'py>>,
-    in_place: bool,
-    v_first: bool,
-    scale: f64,
-    l2norm: bool,
-    form: Form,
+pub struct Call<'py> {
+    pub q: Array<'py>,
+    pub k: Array<'py>,
+    pub v: Array<'py>,
+    pub shape: RecurrentShape,
+    pub sequences: Vec<Sequence>,
+    pub steps: Option<Array<'py>>,
+    pub channels: Option<Array<'py>>,
+    pub heads: Option<Vec<f64>>,
+    pub writes: Writes<'py>,
+    pub beta: Option<Array<'py>>,
+    pub bonus: Option<Vec<f64>>,
+    pub initial: Option<Array<'py>>,
+    pub in_place: bool,
+    pub v_first: bool,
+    pub scale: f64,
+    pub l2norm: bool,
+    pub form: Form,
 }
 
 fn shape_of(q: &Array<'_>, k: &Array<'_>, v: &Array<'_>) -> Result<RecurrentShape, Error> {
@@ -145,7 +145,11 @@ fn check_gates(gates: &Array<'_>) -> PyResult<()> {
 }
 
 impl<'py> Call<'py> {
-    fn read([q, k, v]: [&Bound<'py, PyAny>; 3], options: &Bound<'py, PyDict>) -> PyResult<Self> {
+    /// Reads a call.
+    ///
+    /// # Errors
+    /// Those of each argument.
+    pub fn read([q, k, v]: [&Bound<'py, PyAny>; 3], options: &Bound<'py, PyDict>) -> PyResult<Self> {
         let named = Named(options);
         let q = Array::import("q", q, Layout::Rows)?;
         let k = Array::import("k", k, Layout::Rows)?;
@@ -240,10 +244,11 @@ impl<'py> Call<'py> {
         })
     }
 
-    fn run<T: SimdElement>(&self, py: Python<'_>, out: &Array<'_>, last: Option<&Array<'_>>) -> PyResult<()>
-    where
-        T::Acc: Wide,
-    {
+    /// The arguments of the kernels.
+    ///
+    /// # Errors
+    /// Those of the views.
+    pub fn args<T: SimdElement>(&self) -> Result<RecurrentArgs<'_, T>, Error> {
         let decay = match (&self.steps, &self.channels, &self.heads) {
             (Some(gates), ..) => Decay::Steps(per_step::<T>(gates)?),
             (_, Some(gates), _) => Decay::Channels(rows::<T>(gates)?),
@@ -259,7 +264,7 @@ impl<'py> Call<'py> {
             Writes::Corrections => Rule::Delta(beta()?),
             Writes::Values => Rule::Additive(beta()?),
         };
-        let args = RecurrentArgs {
+        Ok(RecurrentArgs {
             shape: self.shape,
             q: View::in_order(&self.q, "")?.tensor()?,
             k: View::in_order(&self.k, "")?.tensor()?,
@@ -270,13 +275,17 @@ impl<'py> Call<'py> {
             scale: self.scale,
             l2norm: self.l2norm,
             sequences: &self.sequences,
-        };
+        })
+    }
+
+    fn run<T: SimdElement>(&self, py: Python<'_>, out: &Array<'_>, last: Option<&Array<'_>>) -> PyResult<()>
+    where
+        T::Acc: Wide,
+    {
+        let args = self.args::<T>()?;
         let initial = if self.in_place { None } else { self.initial.as_ref().map(|initial| self.states(initial)).transpose()? };
-        let last = last.map(|last| -> Result<_, Error> {
-            let [shape, strides] = self.state_shape();
-            Ok(RowWriter::new(last.memory.slice_mut(last.arg)?, shape, [strides[0], strides[1], strides[2]]))
-        });
-        let states = States { initial, last: last.transpose()?, in_place: self.in_place, v_first: self.v_first };
+        let last = last.map(|last| self.state_writer(last)).transpose()?;
+        let states = States { initial, last, in_place: self.in_place, v_first: self.v_first };
         let out = RecurrentOut { out: writer(&View::in_order(out, "")?)?, states };
         let (level, threads, form) = (runtime::level()?, runtime::threads(py)?, self.form);
         enter::enter(py, || forward(&args, &out, form, level, threads))
@@ -288,7 +297,20 @@ impl<'py> Call<'py> {
         [[self.sequences.len(), heads, 1, len], [heads * len, len, len, 1]]
     }
 
-    fn states<'a, T: Element>(&self, array: &'a Array<'_>) -> Result<Numbers<'a, T>, Error> {
+    /// The states of a contiguous array, to be written.
+    ///
+    /// # Errors
+    /// Those of the memory.
+    pub fn state_writer<'a, A: Float + Element>(&self, array: &'a Array<'_>) -> Result<RowWriter<'a, A>, Error> {
+        let [shape, strides] = self.state_shape();
+        Ok(RowWriter::new(array.memory.slice_mut(array.arg)?, shape, [strides[0], strides[1], strides[2]]))
+    }
+
+    /// The states of a contiguous array.
+    ///
+    /// # Errors
+    /// Those of the memory.
+    pub fn states<'a, T: Element>(&self, array: &'a Array<'_>) -> Result<Numbers<'a, T>, Error> {
         let [shape, _] = self.state_shape();
         typed(
             array,

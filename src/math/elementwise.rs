@@ -131,11 +131,7 @@ pub fn are_finite<T: SimdElement, I: Isa>((rows, stride): (&[T::Acc], usize), [c
 
 /// `columns[d][i] = rows[i][d]` for `count` rows and `width` elements of each, both of whole vectors; strides are of each side.
 #[inline(always)]
-pub fn transpose<T: SimdElement, I: Isa>(
-    rows: (&[T::Acc], usize),
-    columns: (&mut [T::Acc], usize),
-    size: [usize; 2],
-) {
+pub fn transpose<T: SimdElement, I: Isa>(rows: (&[T::Acc], usize), columns: (&mut [T::Acc], usize), size: [usize; 2]) {
     I::call(Transpose::<T> { rows, columns, size });
 }
 

@@ -77,7 +77,6 @@ fn table(data: Option<&Vec<f64>>, strides: [usize; 3]) -> Option<RowTable<'_>> {
     data.map(|data| RowTable { data, strides })
 }
 
-
 impl<T: SimdElement> Case<T> {
     pub fn new(shape: AttnShape, seen: Seen, width: f64) -> Self {
         let AttnShape { batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, head_dim_v } = shape;

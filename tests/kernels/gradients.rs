@@ -1,8 +1,8 @@
 //! Gradients: every level, blocking and thread count against the naive form.
 
 use crate::case::{BiasKind, Case, Mods, Seen, assert_same, shape};
-use crate::stream::{Stream, widen};
 use crate::modified::{all_mods, all_normalizers, gaps};
+use crate::stream::{Stream, widen};
 use half::bf16;
 use subquad::dtype::{Element, Float};
 use subquad::kernels::dropout::Dropout;

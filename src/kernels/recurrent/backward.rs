@@ -181,7 +181,7 @@ where
                 shape.head_dim_v,
             );
             for i in 0..chunks {
-                let at = Head { head, ..start.at(i * self.chunk) };
+                let at = Head { index: head, ..start.at(i * self.chunk) };
                 let (before, after) = states[i * len..(i + 2) * len].split_at_mut(len);
                 at.load_rows::<I>(&mut chunk);
                 at.fade::<I>(&mut chunk);
@@ -192,7 +192,7 @@ where
         }
         for i in (0..chunks).rev() {
             for member in 0..group {
-                let head = Head { head: of * group + member, ..start.at(i * self.chunk) };
+                let head = Head { index: of * group + member, ..start.at(i * self.chunk) };
                 let state = &states[(member * (chunks + 1) + i) * len..][..len];
                 let d_state = &mut d_states[member * len..][..len];
                 self.chunk::<I>(&head, member == 0, number, (state, d_state), (&mut chunk, &mut work));
@@ -265,7 +265,7 @@ where
         if lefts > 1 {
             of_readers::<T, I>(head, (state, d_state), 1, chunk, work);
         }
-        self.unfade::<I>(head, chunk, work);
+        unfade::<T, I>(head, chunk, work);
         self.write_own::<I>(head, number, chunk, work);
         let own = [&*work.d_lefts[0], &*work.d_rights[0], &*work.d_lefts[1], &*work.d_rights[1]];
         let delta = matches!(self.args.forward.rule, Rule::Delta(_));
@@ -321,35 +321,6 @@ where
         }
     }
 
-    #[inline(always)]
-    fn unfade<I: Isa>(&self, head: &Head<'_, T>, chunk: &mut Chunk<'_, T::Acc>, work: &mut Work<'_, T::Acc>) {
-        let [lefts, rights] = chunk.counts;
-        let mut sums = [0.0; MAX_CHUNK + 1];
-        let gates = head.gates::<I>(&mut sums, chunk.gates);
-        let [first, second] = &mut work.d_lefts;
-        let [of_first, of_second] = &mut work.d_products;
-        let [a, b] = of_first;
-        let [c, d] = of_second;
-        let mut left = [
-            LeftGradient { rows: &*work.lefts[0], gradient: first, exclusive: chunk.lefts[0].exclusive, products: [a, b] },
-            LeftGradient { rows: &*work.lefts[1], gradient: second, exclusive: chunk.lefts[1].exclusive, products: [c, d] },
-        ];
-        let [first, second] = &mut work.d_rights;
-        let mut right = [
-            RightGradient { rows: &*work.rights[0], gradient: first },
-            RightGradient { rows: &*work.rights[1], gradient: second },
-        ];
-        I::call(Unfade {
-            size: head.size,
-            gates,
-            lefts: &mut left[..lefts],
-            rights: &mut right[..rights],
-            scratch: &mut work.unfade,
-            end: work.end,
-            gate_gradient: work.gates,
-        });
-    }
-
     /// Writes the gradients of what each value head has of its own.
     #[inline(always)]
     fn write_own<I: Isa>(&self, head: &Head<'_, T>, number: usize, chunk: &mut Chunk<'_, T::Acc>, work: &mut Work<'_, T::Acc>) {
@@ -366,7 +337,7 @@ where
                 let d_out = &work.d_out[at.clone()];
                 add_scaled::<T::Acc, I>(d_written, chunk.bonus[i], d_out);
                 let of_bonus = T::Acc::from_f64(dot(d_out, &chunk.written[at.clone()]));
-                let u = &u[args.shape.head_of(head.head) * args.shape.head_dim..][..args.shape.head_dim];
+                let u = &u[args.shape.head_of(head.index) * args.shape.head_dim..][..args.shape.head_dim];
                 for (d, &u) in u.iter().enumerate() {
                     let (query, key) = (work.lefts[0][i * stride + d], work.rights[0][i * stride + d]);
                     bonus[d] += of_bonus.to_f64() * query.to_f64() * key.to_f64();
@@ -377,11 +348,11 @@ where
             }
             if let Some(beta) = &self.gradients.beta {
                 let before = if matches!(args.rule, Rule::Delta(_)) { &*chunk.extra } else { &*work.values };
-                beta.row(batch, token, head.head)[0] = T::Acc::from_f64(dot(d_written, &before[at.clone()]));
+                beta.row(batch, token, head.index)[0] = T::Acc::from_f64(dot(d_written, &before[at.clone()]));
             }
-            store_scaled::<T, I>(d_written, chunk.betas[i], self.gradients.v.row(batch, token, head.head));
+            store_scaled::<T, I>(d_written, chunk.betas[i], self.gradients.v.row(batch, token, head.index));
             if let Some(gates) = &self.gradients.gates {
-                let (row, found) = (gates.row(batch, token, head.head), &work.gates[i * stride..][..width]);
+                let (row, found) = (gates.row(batch, token, head.index), &work.gates[i * stride..][..width]);
                 if by_channel {
                     row.copy_from_slice(&found[..row.len()]);
                 } else {
@@ -389,7 +360,8 @@ where
                 }
             }
         }
-        if let Some(row) = self.gradients.bonus.as_ref().map(|bonus| bonus.row(number, head.head, head.first / head.size.chunk)) {
+        if let Some(row) = self.gradients.bonus.as_ref().map(|bonus| bonus.row(number, head.index, head.first / head.size.chunk))
+        {
             for (out, x) in row.iter_mut().zip(&bonus) {
                 *out = T::Acc::from_f64(*x);
             }
@@ -401,23 +373,57 @@ where
     fn write_shared<I: Isa>(&self, head: &Head<'_, T>, work: &Work<'_, T::Acc>) {
         let args = &self.args.forward;
         let [queries, keys, readers, others] = &work.totals;
-        self.write::<I>(head, args.queries(head.head), queries, &self.gradients.q);
-        self.write::<I>(head, args.keys(head.head), keys, &self.gradients.k);
+        write::<T, I>(head, args.queries(head.index), queries, &self.gradients.q);
+        write::<T, I>(head, args.keys(head.index), keys, &self.gradients.k);
         if let (Rule::LowRank { a, b }, Some([d_a, d_b])) = (&args.rule, &self.gradients.low_rank) {
-            self.write::<I>(head, args.plain(*a, head.head), readers, d_a);
-            self.write::<I>(head, args.plain(*b, head.head), others, d_b);
+            write::<T, I>(head, args.plain(*a, head.index), readers, d_a);
+            write::<T, I>(head, args.plain(*b, head.index), others, d_b);
         }
     }
+}
 
-    /// Writes gradients of rows from those of what [`HeadRows::read`] has made of them.
-    #[inline(always)]
-    fn write<I: Isa>(&self, head: &Head<'_, T>, from: HeadRows<'_, T>, found: &[T::Acc], into: &RowWriter<'_, T>) {
-        let Size { width, stride, .. } = head.size;
-        for i in 0..head.count {
-            let (batch, token) = (head.sequence.batch, head.sequence.first + head.first + i);
-            let row = into.row(batch, token, from.head);
-            from.write_gradient::<I>((batch, token), &found[i * stride..][..width], row);
-        }
+/// Makes gradients of faded rows and products those of rows and gates.
+#[inline(always)]
+fn unfade<T: SimdElement, I: Isa>(head: &Head<'_, T>, chunk: &mut Chunk<'_, T::Acc>, work: &mut Work<'_, T::Acc>)
+where
+    T::Acc: Wide,
+{
+    let [lefts, rights] = chunk.counts;
+    let mut sums = [0.0; MAX_CHUNK + 1];
+    let gates = head.gates::<I>(&mut sums, chunk.gates);
+    let [first, second] = &mut work.d_lefts;
+    let [of_first, of_second] = &mut work.d_products;
+    let [a, b] = of_first;
+    let [c, d] = of_second;
+    let mut left = [
+        LeftGradient { rows: &*work.lefts[0], gradient: first, exclusive: chunk.lefts[0].exclusive, products: [a, b] },
+        LeftGradient { rows: &*work.lefts[1], gradient: second, exclusive: chunk.lefts[1].exclusive, products: [c, d] },
+    ];
+    let [first, second] = &mut work.d_rights;
+    let mut right =
+        [RightGradient { rows: &*work.rights[0], gradient: first }, RightGradient { rows: &*work.rights[1], gradient: second }];
+    I::call(Unfade {
+        size: head.size,
+        gates,
+        lefts: &mut left[..lefts],
+        rights: &mut right[..rights],
+        scratch: &mut work.unfade,
+        end: work.end,
+        gate_gradient: work.gates,
+    });
+}
+
+/// Writes gradients of rows from those of what [`HeadRows::read`] has made of them.
+#[inline(always)]
+fn write<T: SimdElement, I: Isa>(head: &Head<'_, T>, from: HeadRows<'_, T>, found: &[T::Acc], into: &RowWriter<'_, T>)
+where
+    T::Acc: Wide,
+{
+    let Size { width, stride, .. } = head.size;
+    for i in 0..head.count {
+        let (batch, token) = (head.sequence.batch, head.sequence.first + head.first + i);
+        let row = into.row(batch, token, from.head);
+        from.write_gradient::<I>((batch, token), &found[i * stride..][..width], row);
     }
 }
 

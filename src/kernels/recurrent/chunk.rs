@@ -37,7 +37,7 @@ pub fn run<T: SimdElement, I: Isa>(
     let mut work = Chunk::carve(&start, &mut rest);
     for first in (0..sequence.len).step_by(size) {
         for (i, number) in heads.clone().enumerate() {
-            let head = Head { head: number, ..start.at(first) };
+            let head = Head { index: number, ..start.at(first) };
             let state = &mut states[i * len..][..len];
             head.load_rows::<I>(&mut work);
             head.fade::<I>(&mut work);
@@ -68,7 +68,7 @@ where
         if head.args.bonus.is_some() {
             add_scaled::<T::Acc, I>(sums, work.bonus[i], &work.written[i * head.stride_v..][..head.width_v]);
         }
-        let row = out.out.row(head.sequence.batch, head.sequence.first + head.first + i, head.head);
+        let row = out.out.row(head.sequence.batch, head.sequence.first + head.first + i, head.index);
         store_scaled::<T, I>(sums, T::Acc::from_f64(1.0), row);
     }
 }

@@ -28,7 +28,8 @@ fn step_gate(gate: f64) -> f64 {
 pub struct Head<'a, T: SimdElement> {
     pub args: &'a RecurrentArgs<'a, T>,
     pub sequence: Sequence,
-    pub head: usize,
+    /// Which value head.
+    pub index: usize,
     pub size: Size,
     /// Columns of the values, in whole vectors.
     pub width_v: usize,
@@ -141,7 +142,7 @@ where
     pub fn new(args: &'a RecurrentArgs<'a, T>, sequence: Sequence, head: usize, chunk: usize) -> Self {
         let (width, width_v) = (row_width(args.shape.head_dim), row_width(args.shape.head_dim_v));
         let size = Size { rows: 0, chunk, width, stride: stride_of(width) };
-        Self { args, sequence, head, size, width_v, stride_v: stride_of(width_v), first: 0, count: 0 }
+        Self { args, sequence, index: head, size, width_v, stride_v: stride_of(width_v), first: 0, count: 0 }
     }
 
     /// The head at the chunk from token `first` on.
@@ -161,8 +162,8 @@ where
     #[inline(always)]
     pub fn load_rows<I: Isa>(&self, work: &mut Chunk<'_, T::Acc>) {
         let args = self.args;
-        self.load::<I>(args.queries(self.head), work.lefts[0].rows);
-        self.load::<I>(args.keys(self.head), work.rights[0].rows);
+        self.load::<I>(args.queries(self.index), work.lefts[0].rows);
+        self.load::<I>(args.keys(self.index), work.rights[0].rows);
         match &args.rule {
             Rule::Additive(_) => {}
             Rule::Delta(_) => {
@@ -170,8 +171,8 @@ where
                 work.lefts[1].rows[..len].copy_from_slice(&work.rights[0].rows[..len]);
             }
             Rule::LowRank { a, b } => {
-                self.load::<I>(args.plain(*a, self.head), work.lefts[1].rows);
-                self.load::<I>(args.plain(*b, self.head), work.rights[1].rows);
+                self.load::<I>(args.plain(*a, self.index), work.lefts[1].rows);
+                self.load::<I>(args.plain(*b, self.index), work.rights[1].rows);
             }
         }
         self.load_values::<I>(args.v, work.written);
@@ -262,7 +263,7 @@ where
     /// Rows of an array of the values' shape, zeros beyond the last one.
     #[inline(always)]
     pub fn load_values<I: Isa>(&self, tensor: Tensor<'_, T>, into: &mut [T::Acc]) {
-        let values = HeadRows { tensor, head: self.head, factor: 1.0, l2norm: false };
+        let values = HeadRows { tensor, head: self.index, factor: 1.0, l2norm: false };
         for (i, row) in into.chunks_exact_mut(self.stride_v).enumerate().take(self.size.rows) {
             let row = &mut row[..self.width_v];
             if i < self.count {
@@ -279,7 +280,7 @@ where
         let mut found = [T::Acc::ZERO; MAX_CHUNK];
         if let Some(bonus) = self.args.bonus {
             let width = self.args.shape.head_dim;
-            let bonus = &bonus[self.args.shape.head_of(self.head) * width..][..width];
+            let bonus = &bonus[self.args.shape.head_of(self.index) * width..][..width];
             let rows = queries.chunks_exact(self.size.stride).zip(keys.chunks_exact(self.size.stride));
             for (found, (query, key)) in found.iter_mut().zip(rows).take(self.count) {
                 let terms = bonus.iter().zip(query.iter().zip(key)).map(|(u, (q, k))| u * q.to_f64() * k.to_f64());
@@ -291,7 +292,7 @@ where
 
     #[inline(always)]
     pub fn gates<'g, I: Isa>(&self, sums: &'g mut [f64; MAX_CHUNK + 1], into: &'g mut [T::Acc]) -> Gates<'g, T::Acc> {
-        let (batch, head) = (self.sequence.batch, self.head);
+        let (batch, head) = (self.sequence.batch, self.index);
         let (token, count) = (self.sequence.first + self.first, self.count);
         match &self.args.decay {
             Decay::None => return Gates::None,
@@ -327,7 +328,7 @@ where
             Rule::LowRank { .. } => None,
         };
         let Sequence { batch, first, .. } = self.sequence;
-        let one = |i| beta.map_or(T::Acc::from_f64(1.0), |beta| beta.first(batch, first + self.first + i, self.head));
+        let one = |i| beta.map_or(T::Acc::from_f64(1.0), |beta| beta.first(batch, first + self.first + i, self.index));
         std::array::from_fn(|i| if i < self.count { one(i) } else { T::Acc::ZERO })
     }
 
