@@ -26,6 +26,8 @@ fn run(level: Level, task: &impl Task) {
 
 struct Exp2<'a, T: SimdElement>(&'a [T::Acc], &'a RefCell<Vec<T::Acc>>);
 impl<T: SimdElement> Task for Exp2<'_, T> {
+    const MULTIPLIES_BF16: bool = true;
+
     #[inline(always)]
     fn run<I: Isa>(&self, _index: usize) {
         let lanes = T::V::<I>::LANES;
@@ -68,6 +70,8 @@ fn exp2_is_accurate_for_each_type() {
 
 struct Tanh<'a, T: SimdElement>(&'a [T::Acc], &'a RefCell<Vec<T::Acc>>);
 impl<T: SimdElement> Task for Tanh<'_, T> {
+    const MULTIPLIES_BF16: bool = true;
+
     #[inline(always)]
     fn run<I: Isa>(&self, _index: usize) {
         let mut out = vec![T::Acc::ZERO; self.0.len()];
@@ -103,6 +107,8 @@ fn tanh_is_accurate() {
 
 struct RoundTrip<'a, T: SimdElement>(&'a [T::Acc], &'a RefCell<Vec<T>>);
 impl<T: SimdElement> Task for RoundTrip<'_, T> {
+    const MULTIPLIES_BF16: bool = true;
+
     #[inline(always)]
     fn run<I: Isa>(&self, _index: usize) {
         let lanes = T::V::<I>::LANES;
@@ -147,6 +153,8 @@ fn stores_round_to_nearest_even() {
 
 struct Transpose;
 impl Task for Transpose {
+    const MULTIPLIES_BF16: bool = true;
+
     #[inline(always)]
     fn run<I: Isa>(&self, _index: usize) {
         transposed::<I::F32>();
@@ -178,6 +186,8 @@ fn transposes_move_every_lane() {
 
 struct Lanewise;
 impl Task for Lanewise {
+    const MULTIPLIES_BF16: bool = true;
+
     #[inline(always)]
     fn run<I: Isa>(&self, _index: usize) {
         let nan = I::F32::splat(f32::NAN);
@@ -215,6 +225,8 @@ struct Products<'a, T: SimdElement> {
     out: &'a RefCell<Results<T::Acc>>,
 }
 impl<T: SimdElement> Task for Products<'_, T> {
+    const MULTIPLIES_BF16: bool = true;
+
     #[inline(always)]
     fn run<I: Isa>(&self, _index: usize) {
         self.products::<I, VectorTiles<I>>();

@@ -20,6 +20,8 @@ fn named_level(name: Option<&str>) -> Result<Level, Error> {
 struct EachThread<F>(F);
 
 impl<F: Fn()> Task for EachThread<F> {
+    const MULTIPLIES_BF16: bool = false;
+
     #[inline(always)]
     fn run<I: Isa>(&self, _index: usize) {
         (self.0)();
@@ -81,6 +83,8 @@ struct SumPieces<'a> {
 }
 
 impl Task for SumPieces<'_> {
+    const MULTIPLIES_BF16: bool = false;
+
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
         sum_bytes(self.level, self.pieces[index]);

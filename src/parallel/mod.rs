@@ -82,6 +82,8 @@ mod tests {
 
     struct Collect(Mutex<Vec<usize>>);
     impl Task for Collect {
+        const MULTIPLIES_BF16: bool = false;
+
         #[inline(always)]
         fn run<I: Isa>(&self, index: usize) {
             self.0.lock().unwrap().push(index);
@@ -101,6 +103,8 @@ mod tests {
 
     struct Nested;
     impl Task for Nested {
+        const MULTIPLIES_BF16: bool = false;
+
         #[inline(always)]
         fn run<I: Isa>(&self, _index: usize) {
             let inner = Collect(Mutex::new(Vec::new()));

@@ -139,6 +139,8 @@ mod tests {
 
     struct InOrder<'t, 'a>(&'t RowTurns<'a, f32>, usize);
     impl Task for InOrder<'_, '_> {
+        const MULTIPLIES_BF16: bool = false;
+
         #[inline(always)]
         fn run<I: Isa>(&self, index: usize) {
             let _watch = self.0.watch();

@@ -92,16 +92,16 @@ impl Level {
     /// # Panics
     /// When the machine lacks the level.
     #[expect(unsafe_code, reason = "calls functions compiled for features that were detected")]
-    pub fn run(self, task: &impl Task, index: usize) {
+    pub fn run<W: Task>(self, task: &W, index: usize) {
         assert!(self <= Self::detected(), "this machine has no {}", self.name());
         match self {
             Self::Scalar => task.run::<Portable>(index),
             // SAFETY: the assertion above, and `detected` tests exactly the features that `enter` enables.
             Self::Avx2 => unsafe { avx2::enter(task, index) },
             // SAFETY: as above.
-            Self::Avx512 => unsafe { avx512::enter(task, index) },
-            // SAFETY: as above.
-            Self::Avx512Bf16 => unsafe { avx512::enter_bf16(task, index) },
+            Self::Avx512Bf16 if W::MULTIPLIES_BF16 => unsafe { avx512::enter_bf16(task, index) },
+            // SAFETY: as above; machines with bf16 dot products have what `enter` enables.
+            Self::Avx512 | Self::Avx512Bf16 => unsafe { avx512::enter(task, index) },
         }
     }
 }

@@ -118,6 +118,10 @@ pub trait Bf16Pairs: Isa {
 ///
 /// Implementations mark [`Task::run`] `#[inline(always)]`.
 pub trait Task {
+    /// Whether it multiplies bfloat16, so that an instruction set with dot products of it makes a difference. Else nothing is compiled for
+    /// that.
+    const MULTIPLIES_BF16: bool;
+
     /// Does piece `index` of the work with instruction set `I`.
     fn run<I: Isa>(&self, index: usize);
 }

@@ -1,6 +1,7 @@
 //! Register-only loops that reach the machine's peak, for benches to measure kernels against.
 
 use super::{Isa, Level, SimdElement, Task, Vector, VectorKernel};
+use crate::dtype::DType;
 use half::bf16;
 use std::hint::black_box;
 
@@ -24,6 +25,8 @@ struct Peak<T> {
 }
 
 impl<T: SimdElement> Task for Peak<T> {
+    const MULTIPLIES_BF16: bool = matches!(T::DTYPE, DType::BF16);
+
     #[inline(always)]
     fn run<I: Isa>(&self, _index: usize) {
         let zero = <T::Acc as crate::dtype::Float>::ZERO;
@@ -45,6 +48,8 @@ pub fn peak_flops_loop(level: Level, kind: ProbeKind, rounds: usize) -> f64 {
     }
     struct Width<'a>(ProbeKind, &'a std::cell::Cell<usize>);
     impl Task for Width<'_> {
+        const MULTIPLIES_BF16: bool = true;
+
         #[inline(always)]
         fn run<I: Isa>(&self, _index: usize) {
             self.1.set(match self.0 {
@@ -69,6 +74,8 @@ struct Sum<'a> {
 }
 
 impl Task for Sum<'_> {
+    const MULTIPLIES_BF16: bool = false;
+
     #[inline(always)]
     fn run<I: Isa>(&self, _index: usize) {
         let mut sums = [I::F32::splat(0.0); 8];

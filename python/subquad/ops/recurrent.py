@@ -27,7 +27,11 @@ All of them raise:
 * `ValueError` for shapes that do not fit, gates above 0, sequences that do not start at 0, decrease, or do not end at `T`;
 * `TypeError` for dtypes that are not supported or differ, objects that are no arrays, mixed libraries, unknown keywords;
 * `NotImplementedError` for heads wider than 1024, `reverse`, `output_attentions`, `cp_context`, `gv`, a `beta` for each column of
-  the values, and for tensors that require gradients: operators have no backward yet.
+  the values, second derivatives and forward-mode derivatives.
+
+PyTorch differentiates them: tensors that require grad get gradients of all rows, gates, `beta` and both states. States before each
+chunk are computed again in the backward pass, where memory of `O(T / chunk)` states holds them. `torch.compile` sees
+`subquad::recurrent`; autocast casts rows, but not gates and states.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import _native
+from .pytorch import REFUSALS, calls, calls_at_once, is_tensor, is_watched
 
 # Keywords of flash-linear-attention that say how a GPU should work, and change no result.
 _WITHOUT_EFFECT = frozenset(
@@ -98,11 +103,23 @@ def recurrent(
         elif name not in _WITHOUT_EFFECT and not (name == "head_first" and given is False):
             raise TypeError(f"{name}: expected no such argument, got {type(given).__name__}")
     try:
-        return _native.recurrent(q, k, v, options, output_final_state)
+        return _computed(q, k, v, options, output_final_state=output_final_state)
     except (ValueError, TypeError, NotImplementedError) as error:
         if names is None:
             raise
-        raise type(error)(_renamed(str(error), names)) from None
+        raise type(error)(renamed(str(error), names)) from None
+
+
+def _computed(q: Any, k: Any, v: Any, options: dict[str, Any], *, output_final_state: bool) -> Any:
+    watched = is_watched()
+    if not watched:
+        try:
+            return _native.recurrent(q, k, v, options, output_final_state)
+        except REFUSALS:
+            if not is_tensor(q):
+                raise
+    compute = calls().recurrent if watched else calls_at_once().recurrent_as_it_is
+    return compute(q, k, v, options, output_final_state=output_final_state)
 
 
 def _renamed_flag(given: Any, *, replaces: bool) -> Any:
@@ -114,7 +131,7 @@ def _renamed_flag(given: Any, *, replaces: bool) -> Any:
     return given
 
 
-def _renamed(message: str, names: Mapping[str, str]) -> str:
+def renamed(message: str, names: Mapping[str, str]) -> str:
     """Returns a message of the extension, `name: ... as other has ...`, with the caller's names."""
     name, colon, rest = message.partition(":")
     for old, new in names.items():

@@ -14,8 +14,10 @@ import torch
 from subquad import _native
 from subquad.torch import library
 from subquad.torch.functions import apply
-from subquad.torch.operators import ATTENTION, ATTENTION_VARLEN, Operator, Options
+from subquad.torch.operator_row import Operator, Options
+from subquad.torch.operators import ATTENTION, ATTENTION_VARLEN, RECURRENT
 from subquad.torch.plain import Route, route
+from subquad.torch.recurrent_operators import with_defaults
 from subquad.torch.sdpa import as_attention
 
 _CONSTANTS = ("scale", "length_scale", "softcap")
@@ -28,13 +30,15 @@ def _refuse_gradient(name: str, value: Any) -> None:
         )
 
 
-def _refused_out(tensors: Sequence[Any]) -> Exception:
+def _refused_out(function: str, argument: str, tensors: Sequence[Any]) -> Exception:
     if torch.is_grad_enabled() and any(getattr(one, "requires_grad", False) for one in tensors):
         return RuntimeError(
-            "attention(): functions with out=... arguments don't support automatic differentiation, but one of the "
+            f"{function}(): functions with {argument}=... arguments don't support automatic differentiation, but one of the "
             "arguments requires grad."
         )
-    return NotImplementedError("out: not supported within torch.compile and torch.func, and for fake tensors")
+    return NotImplementedError(
+        f"{argument}: not supported within torch.compile and torch.func, and for fake tensors"
+    )
 
 
 def _with_seed(options: Options) -> Options:
@@ -60,7 +64,7 @@ def _compute(
 ) -> Any:
     if way is Route.OPERATOR:
         return library.call(operator, tensors, options)
-    window_size = options["window_size"]
+    window_size = options.get("window_size")
     if window_size is not None and isinstance(window_size, torch.Tensor):
         # The backward pass reads it again.
         options = options | {"window_size": window_size.clone()}
@@ -81,7 +85,7 @@ def attention_as_it_is(q: Any, k: Any, v: Any, options: Options, *, return_lse: 
     if way is Route.EXTENSION:
         return _native.attention(q, k, v, **options, return_lse=return_lse, out=out)
     if out is not None:
-        raise _refused_out(arguments)
+        raise _refused_out("attention", "out", arguments)
     results = _compute(ATTENTION, tensors, options, way, names)
     return results if return_lse else results[0]
 
@@ -161,3 +165,35 @@ def scaled_dot_product_attention(
         raise
     # `[B, L, H, Ev]` again as the leading axes and heads.
     return out.transpose(1, 2).reshape(mapped.shape)
+
+
+def recurrent_as_it_is(
+    q: Any, k: Any, v: Any, options: Options, *, output_final_state: bool
+) -> tuple[Any, Any | None]:
+    """Computes what `subquad.ops.recurrent` asks of the extension, but does not cast."""
+    options = with_defaults(options)
+    _refuse_gradient("scale", options["scale"])
+    names = _names_of_tensors(RECURRENT, options)
+    arguments = (q, k, v, *[options[name] for name in names])
+    way = route(arguments)
+    if way is Route.EXTENSION:
+        return _native.recurrent(q, k, v, options, output_final_state)
+    if options.pop("inplace_final_state"):
+        raise _refused_out("recurrent", "inplace_final_state", arguments)
+    out, state = _compute(RECURRENT, (q, k, v), options, way, names)
+    return out, state if output_final_state else None
+
+
+def recurrent(
+    q: Any, k: Any, v: Any, options: Options, *, output_final_state: bool
+) -> tuple[Any, Any | None]:
+    """Computes what `subquad.ops.recurrent` asks of the extension.
+
+    Autocast casts the rows; gates, `beta` and states stay what they are.
+    """
+    if not _casts():
+        return recurrent_as_it_is(q, k, v, options, output_final_state=output_final_state)
+    q, k, v = library.autocast(q), library.autocast(k), library.autocast(v)
+    options = options | {name: library.autocast(options.get(name)) for name in ("a", "b")}
+    with torch.autocast("cpu", enabled=False):
+        return recurrent_as_it_is(q, k, v, options, output_final_state=output_final_state)

@@ -11,7 +11,7 @@
 
 use super::splits::{MAX_ROWS, Piece, Splits};
 use super::{ExactArgs, ExactOut};
-use crate::dtype::Float;
+use crate::dtype::{DType, Float};
 use crate::index::Query;
 use crate::kernels::bias::Bias;
 use crate::kernels::score_mod::Normalizer;
@@ -78,6 +78,8 @@ struct PartialWidth<'a, T: SimdElement> {
 }
 
 impl<T: SimdElement> Task for PartialWidth<'_, T> {
+    const MULTIPLIES_BF16: bool = matches!(T::DTYPE, DType::BF16);
+
     #[inline(always)]
     fn run<I: Isa>(&self, _index: usize) {
         self.width.get_or_init(|| acc_stride::<T, I>(self.args.shape.head_dim_v) + 2);
@@ -92,6 +94,8 @@ struct Block<'a, T> {
 }
 
 impl<T: SimdElement> Task for Decode<'_, T> {
+    const MULTIPLIES_BF16: bool = matches!(T::DTYPE, DType::BF16);
+
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
         let piece = self.splits.piece(index);
@@ -425,6 +429,8 @@ struct Merge<'a, T: SimdElement> {
 }
 
 impl<T: SimdElement> Task for Merge<'_, T> {
+    const MULTIPLIES_BF16: bool = false;
+
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
         let heads = self.splits.kv_heads();

@@ -20,6 +20,7 @@ use super::lanes::Lanes;
 use super::panel::Panel;
 use super::plan::{Plan, RowTask};
 use super::{Blocking, ExactArgs, ExactOut};
+use crate::dtype::DType;
 use crate::index::Segment;
 use crate::math::tile::{HeadRows, TileKernel, VectorTiles};
 use crate::parallel::for_each_tile;
@@ -64,6 +65,8 @@ struct Planning<'a, T: SimdElement> {
 }
 
 impl<T: SimdElement> Task for Planning<'_, T> {
+    const MULTIPLIES_BF16: bool = matches!(T::DTYPE, DType::BF16);
+
     #[inline(always)]
     fn run<I: Isa>(&self, _index: usize) {
         self.plan.get_or_init(|| Plan::new::<T, VectorTiles<I>>(self.args, self.blocking, self.threads));
@@ -71,6 +74,8 @@ impl<T: SimdElement> Task for Planning<'_, T> {
 }
 
 impl<T: SimdElement> Task for Prefill<'_, T> {
+    const MULTIPLIES_BF16: bool = matches!(T::DTYPE, DType::BF16);
+
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
         self.rows::<I, VectorTiles<I>>(self.plan.tasks[index]);

@@ -151,6 +151,8 @@ impl<T: SimdElement> Task for Sequences<'_, T>
 where
     T::Acc: Wide,
 {
+    const MULTIPLIES_BF16: bool = false;
+
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
         let args = &self.args.forward;

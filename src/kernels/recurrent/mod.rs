@@ -92,6 +92,8 @@ impl<T: SimdElement> Task for Heads<'_, T>
 where
     T::Acc: Wide,
 {
+    const MULTIPLIES_BF16: bool = false;
+
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
         let heads = self.args.shape.num_value_heads;

@@ -26,6 +26,8 @@ pub fn deltas<T: SimdElement>(args: &BackwardArgs<'_, T>, level: Level, threads:
 }
 
 impl<T: SimdElement> Task for Deltas<'_, T> {
+    const MULTIPLIES_BF16: bool = false;
+
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
         let args = self.args;

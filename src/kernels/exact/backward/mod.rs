@@ -17,7 +17,7 @@ mod plan;
 pub mod sums;
 
 use super::{Blocking, ExactArgs};
-use crate::dtype::{Element, Float};
+use crate::dtype::{DType, Element, Float};
 use crate::index::Query;
 use crate::kernels::score_mod::Normalizer;
 use crate::math::tile::VectorTiles;
@@ -241,6 +241,8 @@ struct Planning<'a, T: SimdElement> {
 }
 
 impl<T: SimdElement> Task for Planning<'_, T> {
+    const MULTIPLIES_BF16: bool = matches!(T::DTYPE, DType::BF16);
+
     #[inline(always)]
     fn run<I: Isa>(&self, _index: usize) {
         self.plan.get_or_init(|| Plan::new::<T, VectorTiles<I>>(self.args, self.wanted, self.blocking));
@@ -254,6 +256,8 @@ struct Work<'a, T: SimdElement> {
 }
 
 impl<T: SimdElement> Task for Work<'_, T> {
+    const MULTIPLIES_BF16: bool = matches!(T::DTYPE, DType::BF16);
+
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
         let all = &self.backward.plan.tasks;
@@ -281,6 +285,8 @@ struct Narrow<'a, T: SimdElement> {
 }
 
 impl<T: SimdElement> Task for Narrow<'_, T> {
+    const MULTIPLIES_BF16: bool = false;
+
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
         let [batches, tokens, heads, width] = self.shape;

@@ -40,6 +40,8 @@ fn of(extent: usize, index: usize, all: usize) -> Range<usize> {
 }
 
 impl<T: Wide> Task for BiasTask<'_, '_, T> {
+    const MULTIPLIES_BF16: bool = false;
+
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
         let (pass, args, direction) = (self.pass, &self.pass.args.forward, self.pass.direction);

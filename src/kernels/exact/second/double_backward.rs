@@ -111,6 +111,8 @@ struct QueryTask<'a, 'd, T: Wide> {
 }
 
 impl<T: Wide> Task for QueryTask<'_, '_, T> {
+    const MULTIPLIES_BF16: bool = false;
+
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
         let (pass, args, direction) = (self.pass, &self.pass.args.forward, self.pass.direction);
@@ -156,6 +158,8 @@ struct KeyTask<'a, 'd, T: Wide> {
 }
 
 impl<T: Wide> Task for KeyTask<'_, '_, T> {
+    const MULTIPLIES_BF16: bool = false;
+
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
         let (pass, args, direction) = (self.pass, &self.pass.args.forward, self.pass.direction);

@@ -45,6 +45,8 @@ struct JvpTask<'a, 'd, T: Wide> {
 }
 
 impl<T: Wide> Task for JvpTask<'_, '_, T> {
+    const MULTIPLIES_BF16: bool = false;
+
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
         let (args, shape) = (self.args, &self.args.shape);
