@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .delta_rule import chunk_delta_rule, fused_recurrent_delta_rule, parallel_delta_rule
+    from .gate_loop import chunk_gate_loop, fused_recurrent_gate_loop
     from .gated_delta_product import chunk_gated_delta_product
     from .gated_delta_rule import (
         chunk_gated_delta_rule,
@@ -23,9 +24,12 @@ if TYPE_CHECKING:
         fused_recurrent_iplr_delta_rule,
     )
     from .gla import chunk_gla, fused_recurrent_gla
+    from .gsa import chunk_gsa, fused_recurrent_gsa
     from .kda import chunk_kda, fused_recurrent_kda
     from .lightning_attn import chunk_lightning_attn, fused_recurrent_lightning_attn
     from .linear_attn import chunk_linear_attn, fused_chunk_linear_attn, fused_recurrent_linear_attn
+    from .mamba2 import mamba_chunk_scan_combined
+    from .mlstm import mlstm_chunkwise, mlstm_recurrent, mlstm_siging_chunkwise, mlstm_siging_recurrent
     from .retention import (
         chunk_retention,
         fused_chunk_retention,
@@ -44,10 +48,12 @@ if TYPE_CHECKING:
 __all__ = [
     "chunk_delta_rule",
     "chunk_dplr_delta_rule",
+    "chunk_gate_loop",
     "chunk_gated_delta_product",
     "chunk_gated_delta_rule",
     "chunk_gdn",
     "chunk_gla",
+    "chunk_gsa",
     "chunk_iplr_delta_rule",
     "chunk_kda",
     "chunk_lightning_attn",
@@ -63,9 +69,11 @@ __all__ = [
     "fused_kda_gate",
     "fused_recurrent_delta_rule",
     "fused_recurrent_dplr_delta_rule",
+    "fused_recurrent_gate_loop",
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_gdn",
     "fused_recurrent_gla",
+    "fused_recurrent_gsa",
     "fused_recurrent_iplr_delta_rule",
     "fused_recurrent_kda",
     "fused_recurrent_lightning_attn",
@@ -74,6 +82,11 @@ __all__ = [
     "fused_recurrent_rwkv6",
     "fused_recurrent_rwkv7",
     "fused_recurrent_simple_gla",
+    "mamba_chunk_scan_combined",
+    "mlstm_chunkwise",
+    "mlstm_recurrent",
+    "mlstm_siging_chunkwise",
+    "mlstm_siging_recurrent",
     "parallel_delta_rule",
     "parallel_retention",
     "parallel_simple_gla",
@@ -82,14 +95,18 @@ __all__ = [
 # Where they are defined.
 _FAMILIES = (
     "delta_rule",
+    "gate_loop",
     "gated_delta_product",
     "gated_delta_rule",
     "gates",
     "generalized_delta_rule",
     "gla",
+    "gsa",
     "kda",
     "lightning_attn",
     "linear_attn",
+    "mamba2",
+    "mlstm",
     "retention",
     "rwkv6",
     "rwkv7",

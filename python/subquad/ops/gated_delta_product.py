@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from .gates import strengths
-from .namespace import namespace_of
+from .namespace import contiguous, namespace_of
 from .recurrent import recurrent
 
 # The signatures are flash-linear-attention's.
@@ -72,8 +72,7 @@ def chunk_gated_delta_product(
     )
     if n > 1:
         # Without the others, which a view would keep in memory.
-        o = o[:, n - 1 :: n]
-        o = o.copy() if hasattr(o, "copy") else o.contiguous()
+        o = contiguous(o[:, n - 1 :: n])
     return o, final_state
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+from .elementwise import exp, sigmoid, softplus
 from .namespace import cast, namespace_of, widened
 
 
@@ -33,8 +34,8 @@ def fused_gdn_gate(g: Any, A_log: Any, dt_bias: Any | None = None, output_dtype:
     heads = tuple(x.shape[-1:])
     if dt_bias is not None:
         x = x + _parameter("dt_bias", dt_bias, x, heads)
-    rate = _exp(_parameter("A_log", A_log, x, heads))
-    return _rounded(-rate * _softplus(x), output_dtype)
+    rate = exp(_parameter("A_log", A_log, x, heads))
+    return _rounded(-rate * softplus(x), output_dtype)
 
 
 def fused_kda_gate(
@@ -71,9 +72,9 @@ def fused_kda_gate(
     check_lower_bound(lower_bound)
     if dt_bias is not None:
         x = x + _parameter("dt_bias", dt_bias, x, tuple(x.shape[-2:]))
-    rate = 1.0 if A_log is None else _exp(_parameter("A_log", A_log, x, (x.shape[-2], 1)))
+    rate = 1.0 if A_log is None else exp(_parameter("A_log", A_log, x, (x.shape[-2], 1)))
     return _rounded(
-        -rate * _softplus(x) if lower_bound is None else lower_bound * _sigmoid(rate * x), output_dtype
+        -rate * softplus(x) if lower_bound is None else lower_bound * sigmoid(rate * x), output_dtype
     )
 
 
@@ -101,7 +102,7 @@ def strengths(
         return beta
     if beta is None:
         raise ValueError("beta: expected an array, as use_beta_sigmoid_in_kernel is set, got None")
-    found = _sigmoid(widened("beta", beta))
+    found = sigmoid(widened("beta", beta))
     return 2.0 * found if allow_neg_eigval else found
 
 
@@ -109,23 +110,6 @@ def check_lower_bound(lower_bound: float | None) -> None:
     """Raises `ValueError` for a bound of log decays that is not below 0."""
     if lower_bound is not None and not lower_bound < 0:
         raise ValueError(f"lower_bound: expected a number below 0, got {lower_bound}")
-
-
-def _exp(x: Any) -> Any:
-    return namespace_of("x", x).exp(x)
-
-
-def _softplus(x: Any) -> Any:
-    """`log(1 + exp(x))`, with all its digits on both sides of 0."""
-    xp = namespace_of("x", x)
-    return xp.logaddexp(x, xp.zeros_like(x))
-
-
-def _sigmoid(x: Any) -> Any:
-    """`1 / (1 + exp(-x))`, without an exponential above 1."""
-    xp = namespace_of("x", x)
-    small = xp.exp(-abs(x))
-    return xp.where(x < 0, small, xp.ones_like(small)) / (1.0 + small)
 
 
 def _parameter(name: str, parameter: Any, like: Any, shape: tuple[int, ...]) -> Any:

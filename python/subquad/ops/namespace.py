@@ -83,3 +83,23 @@ def head_constants(q: Any, v: Any, constant: Callable[[int], float], *, name: st
     # Beside the queries, whatever PyTorch's default device is.
     create = getattr(q, "new_tensor", namespace.asarray)
     return create([constant(head) for head in range(heads)], dtype=dtype)
+
+
+def zeros(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Returns zeros beside an array: of its library, and on its device."""
+    create = getattr(like, "new_zeros", namespace_of("like", like).zeros)
+    return create(shape, dtype=dtype)
+
+
+def contiguous(x: Any) -> Any:
+    """Returns an array whose elements lie in order, and that keeps no more than them in memory."""
+    return x.copy() if hasattr(x, "copy") else x.contiguous()
+
+
+def repeated_heads(x: Any, times: int, axis: int) -> Any:
+    """Returns an array with each head so many times, one after the other."""
+    if times == 1:
+        return x
+    shape = tuple(x.shape)
+    wide = namespace_of("x", x).stack([x] * times, axis + 1)
+    return wide.reshape((*shape[:axis], shape[axis] * times, *shape[axis + 1 :]))

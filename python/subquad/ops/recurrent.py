@@ -6,7 +6,9 @@ The engine keeps a state `S`, `[K, V]` for each head, that fades, is written to,
     o_t = scale * S_t^T q_t
 
 The operators differ in `g` and in what `u` is; each is named as in flash-linear-attention (Yang and Zhang 2024), with its order
-and meaning of arguments. All forms of an operator (`chunk_*`, `fused_chunk_*`, `fused_recurrent_*`, `parallel_*`) compute the same,
+and meaning of arguments. Some are composed of calls of the engine and functions of the array's own library: gated slot attention,
+GateLoop, the mLSTM (named as in mlstm_kernels), and Mamba-2's scan (as in mamba_ssm). Theirs say where arguments are others than
+these. All forms of an operator (`chunk_*`, `fused_chunk_*`, `fused_recurrent_*`, `parallel_*`) compute the same,
 chunk by chunk or token by token as the length of the sequences asks for. Arrays are PyTorch tensors, NumPy arrays or others that
 speak DLPack, of one library:
 

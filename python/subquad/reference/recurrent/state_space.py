@@ -60,7 +60,7 @@ def mamba_chunk_scan_combined(
         seq_idx: the number of the sequence of each token, `[B, T]`: the state is 0 again where it changes. Before the first token
             it is 0, so that `initial_states` belong to sequence 0.
         cu_seqlens: where each of the packed sequences begins, and where the last one ends; `B` is 1. They are apart with or without
-            `seq_idx`.
+            `seq_idx`, and begin with their `initial_states` whatever that says.
         dt_softplus: whether softplus is taken of `dt` and its bias.
         dt_limit: what it is clipped to after that.
 
@@ -78,7 +78,11 @@ def mamba_chunk_scan_combined(
         return (state,), np.einsum("bhpn,bhn->bhp", state, c)
 
     state = first_state(initial_states, (heads, width, b.shape[-1]), batch, cu_seqlens)
-    tokens = (x, dt, b, c, starts_of(seq_idx, (batch, length)))
+    starts = starts_of(seq_idx, (batch, length))
+    if cu_seqlens is not None:
+        begins = np.asarray(cu_seqlens)
+        starts[:, begins[begins < length]] = False
+    tokens = (x, dt, b, c, starts)
     y, (state,) = recur(step, tokens, (state,), (heads, width), cu_seqlens=cu_seqlens)
     if D is not None:
         y = y + (D[:, None] if D.ndim == 1 else D).astype(np.float64) * x

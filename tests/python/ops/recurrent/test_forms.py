@@ -24,6 +24,7 @@ from .cases import (
     problem,
     solve,
 )
+from .composed import FORMS as COMPOSED
 
 LENGTHS = (0, 1, 2, 15, 16, 17, 63, 64, 65, 100)
 # Of keys and of values.
@@ -137,6 +138,7 @@ def test_states_are_returned_where_they_are_asked_for(form):
 def test_every_operator_is_tried():
     same = {"chunk_gdn", "fused_recurrent_gdn"}
     gates = {"fused_gdn_gate", "fused_kda_gate"}
-    assert {form.function for form in FORMS.values()} | same | gates == set(ops.__all__)
+    around = {function for function, _ in COMPOSED.values()}
+    assert {form.function for form in FORMS.values()} | around | same | gates == set(ops.__all__)
     assert ops.chunk_gdn is ops.chunk_gated_delta_rule
     assert ops.fused_recurrent_gdn is ops.fused_recurrent_gated_delta_rule

@@ -1,4 +1,4 @@
-"""Signatures, those of flash-linear-attention, and what is imported when."""
+"""Signatures, those of flash-linear-attention, mamba_ssm and mlstm_kernels, and what is imported when."""
 
 import inspect
 
@@ -17,6 +17,7 @@ SIGNATURES = {
         "cu_seqlens_cpu=None, safe_gate=False, chunk_size=None, disable_recompute=False, cp_context=None, "
         "lower_bound=None"
     ),
+    "chunk_gate_loop": "q, k, v, a, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None",
     "chunk_gated_delta_product": (
         "q, k, v, g, beta, num_householder, scale=None, initial_state=None, output_final_state=False, "
         "use_qk_l2norm_in_kernel=False, cu_seqlens=None, cu_seqlens_cpu=None"
@@ -28,6 +29,10 @@ SIGNATURES = {
     ),
     "chunk_gla": (
         "q, k, v, g, scale=None, initial_state=None, output_final_state=False, state_v_first=False, "
+        "cu_seqlens=None, cu_seqlens_cpu=None"
+    ),
+    "chunk_gsa": (
+        "q, k, v, s, g=None, scale=None, initial_state=None, output_final_state=False, checkpoint_level=2, "
         "cu_seqlens=None, cu_seqlens_cpu=None"
     ),
     "chunk_iplr_delta_rule": (
@@ -82,6 +87,9 @@ SIGNATURES = {
         "q, k, v, a, b, gk, scale=None, initial_state=None, output_final_state=False, reverse=False, "
         "cu_seqlens=None"
     ),
+    "fused_recurrent_gate_loop": (
+        "q, k, v, a, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None"
+    ),
     "fused_recurrent_gated_delta_rule": (
         "q, k, v, g=None, gk=None, gv=None, beta=None, scale=None, initial_state=None, "
         "output_final_state=False, use_qk_l2norm_in_kernel=False, use_gate_in_kernel=False, A_log=None, "
@@ -91,6 +99,10 @@ SIGNATURES = {
     "fused_recurrent_gla": (
         "q, k, v, gk=None, gv=None, scale=None, initial_state=None, output_final_state=False, "
         "reverse=False, state_v_first=False, cu_seqlens=None"
+    ),
+    "fused_recurrent_gsa": (
+        "q, k, v, s, g=None, scale=None, initial_state=None, output_final_state=False, reverse=False, "
+        "cu_seqlens=None"
     ),
     "fused_recurrent_iplr_delta_rule": (
         "q, k, v, a, b, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None"
@@ -123,6 +135,27 @@ SIGNATURES = {
     "fused_recurrent_simple_gla": (
         "q, k, v, g=None, g_gamma=None, scale=None, initial_state=None, output_final_state=False, "
         "reverse=False, state_v_first=False, cu_seqlens=None"
+    ),
+    "mamba_chunk_scan_combined": (
+        "x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, "
+        "cu_seqlens=None, dt_softplus=False, dt_limit=(0.0, inf), return_final_states=False, "
+        "return_varlen_states=False, state_dtype=None"
+    ),
+    "mlstm_chunkwise": (
+        "q, k, v, i, f, c_initial=None, n_initial=None, m_initial=None, return_last_states=False, "
+        "eps=1e-06, chunk_size=64, cu_seqlens=None"
+    ),
+    "mlstm_recurrent": (
+        "q, k, v, i, f, c_initial=None, n_initial=None, m_initial=None, return_last_states=False, "
+        "eps=1e-06, cu_seqlens=None"
+    ),
+    "mlstm_siging_chunkwise": (
+        "q, k, v, i, f, c_initial=None, n_initial=None, return_last_states=False, normalize=False, "
+        "chunk_size=64, cu_seqlens=None"
+    ),
+    "mlstm_siging_recurrent": (
+        "q, k, v, i, f, c_initial=None, n_initial=None, return_last_states=False, normalize=False, "
+        "cu_seqlens=None"
     ),
     "parallel_delta_rule": "q, k, v, beta, scale=None, output_attentions=False",
     "parallel_retention": "q, k, v, scale=None, output_attentions=False, cu_seqlens=None",
@@ -165,7 +198,8 @@ def test_docstrings_name_all_arguments(name):
     function = getattr(ops, name)
     for argument in inspect.signature(function).parameters:
         assert f"        {argument}: " in function.__doc__ or argument == "kwargs", argument
-    assert "[B, T, H, K]" in function.__doc__ or "gate" in name
+    axes = {"mlstm": "[B, H, T, K]", "mamba": "[B, T, H, P]"}.get(name.partition("_")[0], "[B, T, H, K]")
+    assert axes in function.__doc__ or name.endswith("_gate")
 
 
 def test_operators_are_imported_when_they_are_used(run_python):
@@ -196,6 +230,10 @@ ops.chunk_linear_attn(x, x, x, output_final_state=True)
 ops.chunk_retention(x, x, x)
 o, _ = ops.chunk_gated_delta_rule(x, x, x, g, g, use_gate_in_kernel=True, A_log=g[0, 0], use_beta_sigmoid_in_kernel=True)
 ops.chunk_gated_delta_product(x[:, :1], x, x, None, -g, 3)
+ops.chunk_gsa(x, x, x, x)
+ops.chunk_gate_loop(x, x, x, np.exp(1j * x) / 2)
+ops.mlstm_chunkwise(x, x, x, g, g)
+ops.mamba_chunk_scan_combined(x, -g, g[0, 0], x, x, 64, seq_idx=np.zeros((1, 3), int))
 print(o.shape, [name for name in ("torch", "transformers", "jax", "ml_dtypes") if name in sys.modules])
 """
     assert run_python(code) == "(1, 3, 2, 4) []\n"

@@ -105,6 +105,20 @@ def test_packed_sequences_need_no_numbers():
     check(both, (found, finals))
 
 
+def test_packed_sequences_begin_with_their_states():
+    seq_idx, bounds, states = np.array([[3, 3, 1, 1, 1, 2]]), np.array([0, 2, 6]), numbers(2, H, P, N)
+    arguments = (X[:1], DT[:1], A, B_[:1], C_[:1])
+    found, finals = recurrent.mamba_chunk_scan_combined(
+        *arguments, initial_states=states, seq_idx=seq_idx, cu_seqlens=bounds
+    )
+    expected = []
+    for first, end, state in ((0, 2, states[:1]), (2, 5, states[1:]), (5, 6, None)):
+        part = [y[:, first:end] if y.ndim > 1 else y for y in arguments]
+        expected.append(recurrent.mamba_chunk_scan_combined(*part, initial_states=state))
+    check((found,), (np.concatenate([y for y, _ in expected], axis=1),))
+    check((finals,), (np.concatenate([expected[0][1], expected[2][1]]),))
+
+
 def test_ssd_is_a_selective_scan_with_one_rate_per_head():
     skip, z, bias = numbers(H), numbers(B, T, H, P), numbers(H)
     options = {"D": skip, "z": z, "dt_bias": bias, "dt_softplus": True, "initial_states": STATES}
