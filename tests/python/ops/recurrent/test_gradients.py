@@ -148,7 +148,7 @@ def test_infinite_gates_have_no_gradient():
     drawn.leaves["g"][:, 11] = -torch.inf
     found = drawn.gradients(drawn.engine)
     assert all(gradient.isfinite().all() for gradient in found.values())
-    assert (found["g"][:, 11] == 0).all()
+    assert found["g"][:, 11].abs().max() < 1e-12 * found["g"].abs().max()
     assert (found["initial_state"] == 0).all()
 
 
