@@ -20,7 +20,7 @@ speak DLPack, of one library:
 * `initial_state` is `[N, HV, K, V]` (`[N, HV, V, K]` with `state_v_first`), zeros if it is `None`; the final state is returned
   likewise, float32 (float64 for float64 inputs), with `output_final_state`, else `None`;
 * `**kwargs` may be `chunk_size`, a multiple of 16 up to 64, and `head_first=False`; like `cu_seqlens_cpu`, `chunk_indices`,
-  `safe_gate`, `disable_recompute` and `checkpoint_level` it changes no result.
+  `safe_gate`, `disable_recompute`, `checkpoint_level`, `use_graph` and `max_num_seqs` it changes no result.
 
 All of them raise:
 
@@ -40,7 +40,15 @@ from .. import _native
 
 # Keywords of flash-linear-attention that say how a GPU should work, and change no result.
 _WITHOUT_EFFECT = frozenset(
-    {"cu_seqlens_cpu", "chunk_indices", "disable_recompute", "safe_gate", "checkpoint_level"}
+    {
+        "cu_seqlens_cpu",
+        "chunk_indices",
+        "disable_recompute",
+        "safe_gate",
+        "checkpoint_level",
+        "use_graph",
+        "max_num_seqs",
+    }
 )
 
 _INSTEAD = {
