@@ -79,7 +79,7 @@ def recurrent(
     k: Any,
     v: Any,
     *,
-    output_final_state: bool,
+    output_final_state: bool | None,
     unknown: Mapping[str, Any] | None = None,
     names: Mapping[str, str] | None = None,
     **options: Any,
@@ -90,7 +90,7 @@ def recurrent(
         q: queries.
         k: keys.
         v: values.
-        output_final_state: whether to return the state after the last token.
+        output_final_state: whether to return the state after the last token; `None` as layers pass it on: no.
         unknown: keywords of the caller that its signature does not name.
         names: what the caller calls arguments of the engine, where that differs, for messages.
         **options: what is not `None` of the options of the extension.
@@ -106,7 +106,7 @@ def recurrent(
         elif name not in _WITHOUT_EFFECT and not (name == "head_first" and given is False):
             raise TypeError(f"{name}: expected no such argument, got {type(given).__name__}")
     try:
-        return _native.recurrent(q, k, v, options, output_final_state)
+        return _native.recurrent(q, k, v, options, bool(output_final_state))
     except (ValueError, TypeError, NotImplementedError) as error:
         if names is None:
             raise

@@ -98,6 +98,7 @@ def test_outputs_are_those_of_the_oracles(name, tokens, request):
     wanted = expected(case, tokens=slice(tokens))
     request.getfixturevalue("installed")
     found = outputs(layer, x, case)
+    assert torch.equal(outputs(layer, x, case, use_cache=None), found)
     assert found.dtype == x.dtype
     assert found.shape == x.shape
     assert error(found, wanted) < 1e-5
