@@ -26,6 +26,9 @@ class Modules(MetaPathFinder, Loader):
             names = {package: (), **names}
         self._names: Mapping[str, tuple[str, ...]] = names
         sys.meta_path.insert(0, self)
+        if package in sys.modules:
+            # Importing it has not failed, and will not happen again: `fla.ops` has to be an attribute of it.
+            import_module(ROOT)
 
     def undo(self) -> None:
         """Removes itself, the modules that it made, and their names in packages that it did not make."""
