@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import ops
@@ -25,7 +24,7 @@ def fused_addcmul_rwkv7(
 ) -> tuple[Tensor | None, ...]:
     """Computes `hidden_states + delta * x` for each of the six `x`; `None` for a missing one."""
     mixes = (xr, xw, xk, xv, xa, xg)
-    return tuple(None if mix is None else torch.addcmul(hidden_states, delta, mix) for mix in mixes)
+    return tuple(None if mix is None else hidden_states + delta * mix for mix in mixes)
 
 
 def fused_k_rwkv7(
@@ -33,11 +32,11 @@ def fused_k_rwkv7(
 ) -> Tensor:
     """Computes `k * (1 + (a - 1) * ka)`; the lengths of sequences have no effect."""
     del cu_seqlens, cu_seqlens_cpu
-    return k.addcmul(k * (a - 1), ka)
+    return k * (1.0 + (a - 1.0) * ka)
 
 
 def gate_output_correction(o: Tensor, r: Tensor, k: Tensor, r_k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """Computes `(o + sum(r * k * r_k) * v) * g`.
+    """Computes `(o + sum(r * k * r_k) * v) * g`, with a sum for each head.
 
     Args:
         o: outputs, `[B, T, H * D]`.
@@ -50,7 +49,8 @@ def gate_output_correction(o: Tensor, r: Tensor, k: Tensor, r_k: Tensor, v: Tens
     Returns:
         As `o`.
     """
-    return (o + ((r * k * r_k).sum(-1, keepdim=True) * v).view(o.shape)) * g
+    bonus = (r_k * r * k).sum(-1, keepdim=True)
+    return (o + (bonus * v).flatten(-2)) * g
 
 
 def fused_mul_recurrent_rwkv7(
