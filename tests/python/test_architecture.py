@@ -19,12 +19,12 @@ LAYERS = [
     {"masks": {"numpy"}, "normalizers": set(), "biases": {"numpy"}},
     {"_runtime": set(), "ops": set(), "reference": {"numpy"}},
     {"testing": {"numpy"}, "flash_attn": set()},
-    {"torch": {"torch", "numpy"}},
+    {"torch": {"torch", "numpy"}, "fla": {"torch"}},
     {"hf": {"torch", "transformers", "numpy"}},
     {"cli": {"numpy", "torch"}},
 ]
 # What the package itself offers, and what it imports when it is asked for.
-ROOT = {"_native", "_runtime", "ops", "masks", "normalizers", "biases", "flash_attn"}
+ROOT = {"_native", "_runtime", "ops", "masks", "normalizers", "biases", "flash_attn", "fla"}
 # The one reference upwards: what the extension cannot compute is PyTorch's business, and nothing below may import that.
 SEAM = (PurePath("ops", "pytorch.py"), "subquad.torch.calls")
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -9,7 +9,7 @@ from typing import Any
 
 from .gates import strengths
 from .namespace import contiguous, namespace_of
-from .recurrent import recurrent
+from .recurrent import recurrent, refuse
 
 # The signatures are flash-linear-attention's.
 # ruff: noqa: FBT001, FBT002
@@ -28,6 +28,7 @@ def chunk_gated_delta_product(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Any | None = None,
     cu_seqlens_cpu: Any | None = None,
+    cp_context: Any | None = None,
 ) -> tuple[Any, Any | None]:
     """Computes the gated delta rule with `n` keys for each token; see `subquad.ops.recurrent`.
 
@@ -47,11 +48,13 @@ def chunk_gated_delta_product(
         use_qk_l2norm_in_kernel: whether to divide `q` and `k` by their lengths, `sqrt(sum(x ** 2) + 1e-6)`.
         cu_seqlens: where packed sequences start, `[N + 1]`; counts tokens, not keys.
         cu_seqlens_cpu: no effect.
+        cp_context: must be `None`.
 
     Returns:
         The outputs, `[B, T, H, V]`, and the final state or `None`.
     """
     del cu_seqlens_cpu
+    refuse(cp_context=cp_context)
     n = num_householder
     if n < 1:
         raise ValueError(f"num_householder: expected 1 or more, got {n}")

@@ -22,7 +22,7 @@ speak DLPack, of one library:
 * `initial_state` is `[N, HV, K, V]` (`[N, HV, V, K]` with `state_v_first`), zeros if it is `None`; the final state is returned
   likewise, float32 (float64 for float64 inputs), with `output_final_state`, else `None`;
 * `**kwargs` may be `chunk_size`, a multiple of 16 up to 64, and `head_first=False`; like `cu_seqlens_cpu`, `chunk_indices`,
-  `safe_gate`, `disable_recompute` and `checkpoint_level` it changes no result.
+  `safe_gate`, `disable_recompute`, `checkpoint_level`, `use_graph` and `max_num_seqs` it changes no result.
 
 All of them raise:
 
@@ -47,7 +47,15 @@ from .pytorch import REFUSALS, calls, calls_at_once, is_tensor, is_watched
 
 # Keywords of flash-linear-attention that say how a GPU should work, and change no result.
 _WITHOUT_EFFECT = frozenset(
-    {"cu_seqlens_cpu", "chunk_indices", "disable_recompute", "safe_gate", "checkpoint_level"}
+    {
+        "cu_seqlens_cpu",
+        "chunk_indices",
+        "disable_recompute",
+        "safe_gate",
+        "checkpoint_level",
+        "use_graph",
+        "max_num_seqs",
+    }
 )
 
 _INSTEAD = {
@@ -78,7 +86,7 @@ def recurrent(
     k: Any,
     v: Any,
     *,
-    output_final_state: bool,
+    output_final_state: bool | None,
     unknown: Mapping[str, Any] | None = None,
     names: Mapping[str, str] | None = None,
     **options: Any,
@@ -89,7 +97,7 @@ def recurrent(
         q: queries.
         k: keys.
         v: values.
-        output_final_state: whether to return the state after the last token.
+        output_final_state: whether to return the state after the last token; `None` as layers pass it on: no.
         unknown: keywords of the caller that its signature does not name.
         names: what the caller calls arguments of the engine, where that differs, for messages.
         **options: what is not `None` of the options of the extension.
@@ -105,7 +113,7 @@ def recurrent(
         elif name not in _WITHOUT_EFFECT and not (name == "head_first" and given is False):
             raise TypeError(f"{name}: expected no such argument, got {type(given).__name__}")
     try:
-        return _computed(q, k, v, options, output_final_state=output_final_state)
+        return _computed(q, k, v, options, output_final_state=bool(output_final_state))
     except (ValueError, TypeError, NotImplementedError) as error:
         if names is None:
             raise

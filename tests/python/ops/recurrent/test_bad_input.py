@@ -248,7 +248,15 @@ def test_unknown_keywords(form, inputs):
 def test_keywords_without_effect(form, inputs):
     expected = call(form, inputs)[0]
     if any(kind.kind is kind.VAR_KEYWORD for kind in parameters(form).values()):
-        for name in ("cu_seqlens_cpu", "chunk_indices", "disable_recompute", "safe_gate", "checkpoint_level"):
+        for name in (
+            "cu_seqlens_cpu",
+            "chunk_indices",
+            "disable_recompute",
+            "safe_gate",
+            "checkpoint_level",
+            "use_graph",
+            "max_num_seqs",
+        ):
             np.testing.assert_array_equal(call(form, inputs, **{name: 1})[0], expected)
         np.testing.assert_array_equal(call(form, inputs, head_first=False)[0], expected)
         with pytest.raises(TypeError, match=r"^head_first: expected no such argument"):

@@ -20,7 +20,7 @@ SIGNATURES = {
     "chunk_gate_loop": "q, k, v, a, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None",
     "chunk_gated_delta_product": (
         "q, k, v, g, beta, num_householder, scale=None, initial_state=None, output_final_state=False, "
-        "use_qk_l2norm_in_kernel=False, cu_seqlens=None, cu_seqlens_cpu=None"
+        "use_qk_l2norm_in_kernel=False, cu_seqlens=None, cu_seqlens_cpu=None, cp_context=None"
     ),
     "chunk_gated_delta_rule": (
         "q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, "

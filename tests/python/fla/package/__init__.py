@@ -1,0 +1,1 @@
+"""Tests that need flash-linear-attention; see `tests/python/fla/test_package.py`."""
