@@ -102,7 +102,7 @@ def recurrent(
     except (ValueError, TypeError, NotImplementedError) as error:
         if names is None:
             raise
-        raise type(error)(_renamed(str(error), names)) from None
+        raise type(error)(renamed(str(error), names)) from None
 
 
 def _renamed_flag(given: Any, *, replaces: bool) -> Any:
@@ -114,7 +114,7 @@ def _renamed_flag(given: Any, *, replaces: bool) -> Any:
     return given
 
 
-def _renamed(message: str, names: Mapping[str, str]) -> str:
+def renamed(message: str, names: Mapping[str, str]) -> str:
     """Returns a message of the extension, `name: ... as other has ...`, with the caller's names."""
     name, colon, rest = message.partition(":")
     for old, new in names.items():

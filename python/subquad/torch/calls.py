@@ -13,8 +13,10 @@ import torch
 
 from subquad import _native
 from subquad.torch import library
+from subquad.torch.convolution_operators import CAUSAL_CONV1D
 from subquad.torch.functions import apply
-from subquad.torch.operators import ATTENTION, ATTENTION_VARLEN, Operator, Options
+from subquad.torch.operator_row import Operator, Options
+from subquad.torch.operators import ATTENTION, ATTENTION_VARLEN
 from subquad.torch.plain import Route, route
 from subquad.torch.sdpa import as_attention
 
@@ -28,13 +30,15 @@ def _refuse_gradient(name: str, value: Any) -> None:
         )
 
 
-def _refused_out(tensors: Sequence[Any]) -> Exception:
+def _refused_out(function: str, argument: str, tensors: Sequence[Any]) -> Exception:
     if torch.is_grad_enabled() and any(getattr(one, "requires_grad", False) for one in tensors):
         return RuntimeError(
-            "attention(): functions with out=... arguments don't support automatic differentiation, but one of the "
+            f"{function}(): functions with {argument}=... arguments don't support automatic differentiation, but one of the "
             "arguments requires grad."
         )
-    return NotImplementedError("out: not supported within torch.compile and torch.func, and for fake tensors")
+    return NotImplementedError(
+        f"{argument}: not supported within torch.compile and torch.func, and for fake tensors"
+    )
 
 
 def _with_seed(options: Options) -> Options:
@@ -60,7 +64,7 @@ def _compute(
 ) -> Any:
     if way is Route.OPERATOR:
         return library.call(operator, tensors, options)
-    window_size = options["window_size"]
+    window_size = options.get("window_size")
     if window_size is not None and isinstance(window_size, torch.Tensor):
         # The backward pass reads it again.
         options = options | {"window_size": window_size.clone()}
@@ -81,7 +85,7 @@ def attention_as_it_is(q: Any, k: Any, v: Any, options: Options, *, return_lse: 
     if way is Route.EXTENSION:
         return _native.attention(q, k, v, **options, return_lse=return_lse, out=out)
     if out is not None:
-        raise _refused_out(arguments)
+        raise _refused_out("attention", "out", arguments)
     results = _compute(ATTENTION, tensors, options, way, names)
     return results if return_lse else results[0]
 
@@ -161,3 +165,33 @@ def scaled_dot_product_attention(
         raise
     # `[B, L, H, Ev]` again as the leading axes and heads.
     return out.transpose(1, 2).reshape(mapped.shape)
+
+
+def causal_conv1d_as_it_is(
+    x: Any, weight: Any, options: Options, *, output_final_state: bool
+) -> tuple[Any, Any]:
+    """Computes what `subquad.ops.convolution` asks of the extension, but does not cast."""
+    names = _names_of_tensors(CAUSAL_CONV1D, options)
+    final_state = options["final_state"]
+    arguments = (x, weight, *[options[name] for name in names], final_state)
+    way = route(arguments)
+    if way is Route.EXTENSION:
+        return _native.causal_conv1d(x, weight, options, output_final_state)
+    if final_state is not None:
+        raise _refused_out("causal_conv1d_fn", "final_states_out", arguments)
+    for name in CAUSAL_CONV1D.optional:
+        if options[name] is not None and name not in names:
+            raise TypeError(f"{name}: expected a PyTorch tensor as x is, got {type(options[name]).__name__}")
+    options = {name: option for name, option in options.items() if name != "final_state"}
+    out, state = _compute(CAUSAL_CONV1D, (x, weight), options, way, names)
+    return out, state if output_final_state else None
+
+
+def causal_conv1d(x: Any, weight: Any, options: Options, *, output_final_state: bool) -> tuple[Any, Any]:
+    """Computes what `subquad.ops.convolution` asks of the extension."""
+    if not _casts():
+        return causal_conv1d_as_it_is(x, weight, options, output_final_state=output_final_state)
+    cast = {name: library.autocast(options[name]) for name in ("bias", "residual", "initial_state")}
+    x, weight = library.autocast(x), library.autocast(weight)
+    with torch.autocast("cpu", enabled=False):
+        return causal_conv1d_as_it_is(x, weight, options | cast, output_final_state=output_final_state)

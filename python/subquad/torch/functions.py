@@ -12,7 +12,8 @@ import torch
 from torch.autograd import Function
 
 from subquad.torch import library
-from subquad.torch.operators import TABLE, Operator, Options
+from subquad.torch.operator_row import Operator, Options
+from subquad.torch.operators import TABLE
 from subquad.torch.plain import active_transform, holds_numbers, is_forward_mode
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from subquad.torch.operators import TABLE, Operator, Options
+from subquad.torch.operator_row import Operator, Options
+from subquad.torch.operators import TABLE
 from subquad.torch.plain import is_forward_mode
 from subquad.torch.schema_values import carried, restored, schema
 
 NAMESPACE = "subquad"
-# As PyTorch casts the arguments of its own function.
-_AUTOCAST = frozenset({"q", "k", "v", "bias"})
+# As PyTorch casts the arguments of its own functions.
+_AUTOCAST = frozenset({"q", "k", "v", "bias", "x", "weight", "residual", "initial_state"})
 
 # Keeps the operators alive.
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -65,9 +66,10 @@ def _register(operator: Operator) -> None:
 
     def fake(*arguments: Any) -> Any:
         tensors, optional = arguments[: len(operator.tensors)], arguments[len(operator.tensors) : count]
-        options = dict(zip(operator.optional, optional, strict=True))
-        # All that the shapes of results depend on.
-        return operator.fake(tensors, options | {"wrt": arguments[-1]})
+        # All that the shapes of results depend on; what may be a tensor or a number is none of it as a number.
+        options = dict(zip(operator.others, arguments[count + 1 :], strict=True))
+        options |= dict(zip(operator.optional, optional, strict=True))
+        return operator.fake(tensors, options)
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         tables = inputs[count]

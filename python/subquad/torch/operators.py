@@ -3,100 +3,18 @@
 A row says how an operator is called, what it computes, what its results look like, and which row is its derivative. Both forms in
 which PyTorch meets an operator are made from it: `subquad.torch.functions` makes the `torch.autograd.Function` of eager calls,
 `subquad.torch.library` the custom operator that `torch.compile` and `torch.export` put into their graphs.
-
-A call consists of tensors that are always there and of options by name, some of which may be tensors, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from subquad import _native
-
-Options = dict[str, Any]
-
-
-def _after_results(
-    gradients: Sequence[Any], results: Sequence[Any], tensors: Sequence[Any], _options: Options
-) -> Sequence[Any]:
-    return (*gradients, *results, *tensors)
-
-
-@dataclass(frozen=True)
-class Operator:
-    """A row of the table.
-
-    Attributes:
-        name: the name, after `subquad::`.
-        tensors: the tensors that are always there. Where a name ends with `?`, there may be `None`.
-        optional: the options that may be tensors.
-        others: all options that may be something else, with their types in a schema.
-        differentiable: the tensors and options that have a gradient.
-        returns: the schema of the results.
-        compute: computes the results from tensors and options, on numbers in memory.
-        fake: makes tensors like the results from tensors and options.
-        derivative: the row that computes the gradients, if there is one; one of its options is `wrt`: the names of the gradients
-            that are wanted.
-        derivative_call: makes the tensors of a call of that row from the gradients of the results (`None` where there is none), the
-            results, the tensors and the options.
-        missing: what is asked for in vain where there is no such row.
-        follows: the tensors that the others determine: what gradients they have is part of those of the others.
-        forward_mode: computes the tangents of the results from tensors, options, tangents by name, and what computes rows; `None`
-            where there are none.
-    """
-
-    name: str
-    tensors: tuple[str, ...]
-    optional: tuple[str, ...]
-    others: dict[str, str]
-    differentiable: frozenset[str]
-    returns: str
-    compute: Callable[[Sequence[Any], Options], Any]
-    fake: Callable[[Sequence[Any], Options], Any]
-    derivative: Operator | None
-    missing: str
-    derivative_call: Callable[..., Sequence[Any]] = _after_results
-    follows: frozenset[str] = frozenset()
-    forward_mode: Callable[..., Any] | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the tensors."""
-        return tuple(name.rstrip("?") for name in self.tensors)
-
-    def wanted(self, names: Sequence[str], needed: Sequence[bool]) -> list[str]:
-        """Returns the names of the gradients that have to be computed.
-
-        Args:
-            names: tensors and options.
-            needed: whether the gradient of each is asked for.
-        """
-        return [name for name, needs in zip(names, needed, strict=True) if needs and name not in self.follows]
-
-    def derivative_for(self, names: Sequence[str]) -> Operator:
-        """Returns the row that computes the gradients of these arguments.
-
-        Raises:
-            NotImplementedError: there is none, or one of them has no gradient.
-        """
-        if self.derivative is None:
-            raise NotImplementedError(f"subquad::{self.name}: {self.missing}")
-        for name in names:
-            if name not in self.differentiable:
-                raise NotImplementedError(f"subquad::{self.name}: the gradient of {name} is not implemented")
-        return self.derivative
-
-    def refuse_forward_mode(self) -> NotImplementedError:
-        """Returns the error of forward-mode differentiation."""
-        return NotImplementedError(
-            f"subquad::{self.name}: forward-mode derivatives (jvp) are not implemented; use reverse mode "
-            "(torch.func.vjp, Tensor.backward)"
-        )
-
+from subquad.torch.convolution_operators import CAUSAL_CONV1D, CAUSAL_CONV1D_BACKWARD
+from subquad.torch.operator_row import NO_SECOND, WRT, Operator, Options, fake_gradients
 
 _OPTIONAL = ("bias", "relative_bias", "alibi_slopes", "sinks", "scale", "length_scale")
 _OTHERS = {
@@ -109,8 +27,6 @@ _OTHERS = {
     "dropout_p": "float",
     "dropout_seed": "SymInt?",
 }
-_NO_SECOND = "second derivatives (create_graph=True, torch.func.hessian) are not implemented"
-_WRT = {"wrt": "str[]"}
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -135,8 +51,7 @@ def _attention_backward(tensors: Sequence[Any], options: Options) -> Any:
 
 
 def _fake_attention_backward(tensors: Sequence[Any], options: Options) -> Any:
-    arguments = options | dict(zip(("q", "k", "v"), tensors[4:7], strict=True))
-    return [arguments[name].new_empty(arguments[name].shape) for name in options["wrt"]]
+    return fake_gradients(options | dict(zip(("q", "k", "v"), tensors[4:7], strict=True)))
 
 
 # What higher derivatives are implemented for, as the extension calls them.
@@ -222,7 +137,7 @@ ATTENTION_DOUBLE_BACKWARD = Operator(
     name="attention_double_backward",
     tensors=("d_out?", "d_lse?", "out", "lse", "q", "k", "v", *(f"u_{name}?" for name in _DIRECTIONS)),
     optional=_OPTIONAL,
-    others=_OTHERS | _WRT,
+    others=_OTHERS | WRT,
     differentiable=frozenset(),
     returns="Tensor[]",
     compute=_attention_double_backward,
@@ -234,7 +149,7 @@ ATTENTION_BACKWARD = Operator(
     name="attention_backward",
     tensors=("d_out?", "d_lse?", "out", "lse", "q", "k", "v"),
     optional=_OPTIONAL,
-    others=_OTHERS | _WRT,
+    others=_OTHERS | WRT,
     differentiable=frozenset(_HIGHER),
     returns="Tensor[]",
     compute=_attention_backward,
@@ -310,13 +225,13 @@ ATTENTION_VARLEN_BACKWARD = Operator(
     name="attention_varlen_backward",
     tensors=("d_out?", "d_lse?", "out", "lse", "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"),
     optional=_OPTIONAL_VARLEN,
-    others=_OTHERS_VARLEN | _WRT,
+    others=_OTHERS_VARLEN | WRT,
     differentiable=frozenset(),
     returns="Tensor[]",
     compute=_attention_varlen_backward,
     fake=_fake_attention_backward,
     derivative=None,
-    missing=_NO_SECOND,
+    missing=NO_SECOND,
 )
 ATTENTION_VARLEN = Operator(
     name="attention_varlen",
@@ -337,4 +252,6 @@ TABLE = (
     ATTENTION_JVP,
     ATTENTION_VARLEN,
     ATTENTION_VARLEN_BACKWARD,
+    CAUSAL_CONV1D,
+    CAUSAL_CONV1D_BACKWARD,
 )

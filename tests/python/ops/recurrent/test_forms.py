@@ -137,6 +137,7 @@ def test_states_are_returned_where_they_are_asked_for(form):
 def test_every_operator_is_tried():
     same = {"chunk_gdn", "fused_recurrent_gdn"}
     gates = {"fused_gdn_gate", "fused_kda_gate"}
-    assert {form.function for form in FORMS.values()} | same | gates == set(ops.__all__)
+    convolutions = {"causal_conv1d", "causal_conv1d_fn", "causal_conv1d_update"}
+    assert {form.function for form in FORMS.values()} | same | gates | convolutions == set(ops.__all__)
     assert ops.chunk_gdn is ops.chunk_gated_delta_rule
     assert ops.fused_recurrent_gdn is ops.fused_recurrent_gated_delta_rule
