@@ -125,6 +125,26 @@ def merge_attention(outs: list[Any], lses: list[Any]) -> Any: ...
 def recurrent(
     q: Any, k: Any, v: Any, options: dict[str, Any], output_final_state: bool
 ) -> tuple[Any, Any | None]: ...
+def causal_conv1d(
+    x: Any, weight: Any, options: dict[str, Any], output_final_state: bool
+) -> tuple[Any, Any | None]: ...
+def causal_conv1d_backward(
+    d_out: Any,
+    d_final_state: Any | None,
+    x: Any,
+    weight: Any,
+    wrt: list[str],
+    options: dict[str, Any],
+) -> tuple[Any, ...]: ...
+def causal_conv1d_update(
+    x: Any,
+    conv_state: Any,
+    weight: Any,
+    bias: Any | None,
+    silu: bool,
+    cache_seqlens: Any | None,
+    conv_state_indices: Any | None,
+) -> Any: ...
 def set_num_threads(num_threads: int) -> None: ...
 def get_num_threads() -> int: ...
 def config() -> dict[str, object]: ...

@@ -4,6 +4,8 @@ mod array;
 mod attention;
 mod backward;
 mod broadcast;
+mod convolution;
+mod convolution_update;
 mod dlpack;
 mod enter;
 mod errors;
@@ -39,6 +41,9 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(merge::merge_attention, module)?)?;
     module.add_function(wrap_pyfunction!(recurrent::recurrent, module)?)?;
     module.add_function(wrap_pyfunction!(recurrent_backward::recurrent_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(convolution::causal_conv1d, module)?)?;
+    module.add_function(wrap_pyfunction!(convolution::causal_conv1d_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(convolution_update::causal_conv1d_update, module)?)?;
     module.add_function(wrap_pyfunction!(sdpa::scaled_dot_product_attention, module)?)?;
     module.add_function(wrap_pyfunction!(runtime::set_num_threads, module)?)?;
     module.add_function(wrap_pyfunction!(runtime::get_num_threads, module)?)?;

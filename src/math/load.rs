@@ -41,6 +41,18 @@ pub fn load_rows<T: SimdElement, I: Isa>([first, second]: [&[T]; 2]) -> T::V<I> 
     }
 }
 
+/// Writes as many lanes as `dst` has room for.
+#[inline(always)]
+pub fn store_padded<T: SimdElement, I: Isa>(v: T::V<I>, dst: &mut [T]) {
+    if dst.len() >= T::V::<I>::LANES {
+        T::store::<I>(v, dst);
+    } else {
+        let mut buffer = [T::zeroed(); MAX_LANES];
+        T::store::<I>(v, &mut buffer);
+        dst.copy_from_slice(&buffer[..dst.len()]);
+    }
+}
+
 /// Writes `factor` times a row of accumulators, which has whole vectors.
 #[inline(always)]
 pub fn store_scaled<T: SimdElement, I: Isa>(sums: &[T::Acc], factor: T::Acc, out: &mut [T]) {

@@ -10,6 +10,7 @@ pub mod philox;
 pub mod product;
 pub mod row_tile;
 pub mod score_pass;
+pub mod silu;
 pub mod tanh;
 pub mod tile;
 pub mod triangular;

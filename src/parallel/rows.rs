@@ -11,6 +11,8 @@ pub struct RowWriter<'a, T> {
     start: *mut T,
     shape: [usize; 4],
     strides: [usize; 3],
+    /// Elements of the rows of the last head.
+    last_width: usize,
     #[cfg(debug_assertions)]
     given: Vec<std::sync::atomic::AtomicBool>,
     memory: PhantomData<&'a mut [T]>,
@@ -36,10 +38,35 @@ impl<'a, T> RowWriter<'a, T> {
             start: data.as_mut_ptr(),
             shape,
             strides,
+            last_width: shape[3],
             #[cfg(debug_assertions)]
-            given: std::iter::repeat_with(Default::default).take(shape[0] * shape[1] * shape[2]).collect(),
+            given: Self::not_given(shape),
             memory: PhantomData,
         }
+    }
+
+    /// Wraps `data` as a `[B, S, D]` array whose last axis is handed out in blocks of `width`, the last one of what is left: a row's
+    /// head is the number of its block.
+    ///
+    /// # Panics
+    /// As [`RowWriter::new`], and when `width` is 0.
+    pub fn blocks(data: &'a mut [T], [batch, seqlen, channels]: [usize; 3], strides: [usize; 2], width: usize) -> Self {
+        let whole = Self::new(data, [batch, seqlen, 1, channels], [strides[0], strides[1], 0]);
+        let count = channels.div_ceil(width);
+        let shape = [batch, seqlen, count, width];
+        Self {
+            shape,
+            strides: [strides[0], strides[1], width],
+            last_width: channels - count.saturating_sub(1) * width,
+            #[cfg(debug_assertions)]
+            given: Self::not_given(shape),
+            ..whole
+        }
+    }
+
+    #[cfg(debug_assertions)]
+    fn not_given([batch, seqlen, heads, _]: [usize; 4]) -> Vec<std::sync::atomic::AtomicBool> {
+        std::iter::repeat_with(Default::default).take(batch * seqlen * heads).collect()
     }
 
     /// The elements of one token of one head. Ask for each row at most once.
@@ -58,6 +85,7 @@ impl<'a, T> RowWriter<'a, T> {
             assert!(!given.swap(true, Ordering::Relaxed), "row given twice");
         }
         let offset = batch * self.strides[0] + token * self.strides[1] + head * self.strides[2];
+        let width = if head + 1 == heads { self.last_width } else { width };
         // SAFETY: `new` checked that every row lies within the data and that rows are disjoint, and the data is borrowed
         // mutably for 'a. Kernels ask for each row once, which debug builds assert.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(offset), width) }
@@ -97,6 +125,24 @@ mod tests {
         assert!(rows_are_disjoint([1, 3, 1, 5], [0, 7, 0]));
         assert!(!rows_are_disjoint([1, 3, 1, 5], [0, 4, 0]));
         assert!(!rows_are_disjoint([2, 3, 1, 5], [0, 5, 0]));
+    }
+
+    #[test]
+    fn blocks_cut_the_last_axis() {
+        let mut data = [0u8; 2 * 3 * 7];
+        let rows = RowWriter::blocks(&mut data, [2, 3, 7], [21, 7], 3);
+        let mut number = 0;
+        for (batch, token) in (0..2).flat_map(|batch| (0..3).map(move |token| (batch, token))) {
+            for (block, width) in [3, 3, 1].into_iter().enumerate() {
+                let row = rows.row(batch, token, block);
+                assert_eq!(row.len(), width);
+                for x in row {
+                    *x = number;
+                    number += 1;
+                }
+            }
+        }
+        assert!(data.iter().enumerate().all(|(i, &x)| i == usize::from(x)));
     }
 
     #[test]

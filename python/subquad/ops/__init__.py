@@ -1,12 +1,14 @@
 """Operators, on PyTorch tensors, NumPy arrays and other DLPack arrays alike.
 
-What is named here are the recurrent operators, which `subquad.ops.recurrent` describes; they are imported when they are first used.
+What is named here are the recurrent operators, which `subquad.ops.recurrent` describes, and the short convolutions before them, of
+which `subquad.ops.convolution` tells; they are imported when they are first used.
 """
 
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .convolution import causal_conv1d, causal_conv1d_fn, causal_conv1d_update
     from .delta_rule import chunk_delta_rule, fused_recurrent_delta_rule, parallel_delta_rule
     from .gate_loop import chunk_gate_loop, fused_recurrent_gate_loop
     from .gated_delta_product import chunk_gated_delta_product
@@ -46,6 +48,9 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "causal_conv1d",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
     "chunk_delta_rule",
     "chunk_dplr_delta_rule",
     "chunk_gate_loop",
@@ -94,6 +99,7 @@ __all__ = [
 
 # Where they are defined.
 _FAMILIES = (
+    "convolution",
     "delta_rule",
     "gate_loop",
     "gated_delta_product",

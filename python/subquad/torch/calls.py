@@ -13,6 +13,7 @@ import torch
 
 from subquad import _native
 from subquad.torch import library
+from subquad.torch.convolution_operators import CAUSAL_CONV1D
 from subquad.torch.functions import apply
 from subquad.torch.operator_row import Operator, Options
 from subquad.torch.operators import ATTENTION, ATTENTION_VARLEN, RECURRENT
@@ -197,3 +198,33 @@ def recurrent(
     options = options | {name: library.autocast(options.get(name)) for name in ("a", "b")}
     with torch.autocast("cpu", enabled=False):
         return recurrent_as_it_is(q, k, v, options, output_final_state=output_final_state)
+
+
+def causal_conv1d_as_it_is(
+    x: Any, weight: Any, options: Options, *, output_final_state: bool
+) -> tuple[Any, Any]:
+    """Computes what `subquad.ops.convolution` asks of the extension, but does not cast."""
+    names = _names_of_tensors(CAUSAL_CONV1D, options)
+    final_state = options["final_state"]
+    arguments = (x, weight, *[options[name] for name in names], final_state)
+    way = route(arguments)
+    if way is Route.EXTENSION:
+        return _native.causal_conv1d(x, weight, options, output_final_state)
+    if final_state is not None:
+        raise _refused_out("causal_conv1d_fn", "final_states_out", arguments)
+    for name in CAUSAL_CONV1D.optional:
+        if options[name] is not None and name not in names:
+            raise TypeError(f"{name}: expected a PyTorch tensor as x is, got {type(options[name]).__name__}")
+    options = {name: option for name, option in options.items() if name != "final_state"}
+    out, state = _compute(CAUSAL_CONV1D, (x, weight), options, way, names)
+    return out, state if output_final_state else None
+
+
+def causal_conv1d(x: Any, weight: Any, options: Options, *, output_final_state: bool) -> tuple[Any, Any]:
+    """Computes what `subquad.ops.convolution` asks of the extension."""
+    if not _casts():
+        return causal_conv1d_as_it_is(x, weight, options, output_final_state=output_final_state)
+    cast = {name: library.autocast(options[name]) for name in ("bias", "residual", "initial_state")}
+    x, weight = library.autocast(x), library.autocast(weight)
+    with torch.autocast("cpu", enabled=False):
+        return causal_conv1d_as_it_is(x, weight, options | cast, output_final_state=output_final_state)

@@ -13,8 +13,6 @@ from subquad.torch.plain import is_forward_mode
 from subquad.torch.schema_values import carried, restored, schema
 
 NAMESPACE = "subquad"
-# As PyTorch casts the arguments of its own functions.
-_AUTOCAST = frozenset({"q", "k", "v", "a", "b", "bias"})
 
 # Keeps the operators alive.
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -105,7 +103,7 @@ def _register(operator: Operator) -> None:
 
     def cast(*arguments: Any) -> Any:
         tensors = [
-            autocast(tensor) if of in _AUTOCAST else tensor
+            autocast(tensor) if of in operator.autocast else tensor
             for of, tensor in zip(names, arguments, strict=False)
         ]
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):

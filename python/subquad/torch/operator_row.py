@@ -37,6 +37,7 @@ class Operator:
             results, the tensors and the options.
         missing: what is asked for in vain where there is no such row.
         follows: the tensors that the others determine: what gradients they have is part of those of the others.
+        autocast: the tensors and options that autocast casts.
         forward_mode: computes the tangents of the results from tensors, options, tangents by name, and what computes rows; `None`
             where there are none.
     """
@@ -53,6 +54,8 @@ class Operator:
     missing: str
     derivative_call: Callable[..., Sequence[Any]] = _after_results
     follows: frozenset[str] = frozenset()
+    # As of PyTorch's own attention.
+    autocast: frozenset[str] = frozenset({"q", "k", "v", "bias"})
     forward_mode: Callable[..., Any] | None = None
 
     @property

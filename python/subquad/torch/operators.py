@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from subquad import _native
+from subquad.torch.convolution_operators import CAUSAL_CONV1D, CAUSAL_CONV1D_BACKWARD
 from subquad.torch.operator_row import NO_SECOND, WRT, Operator, Options, fake_gradients
 from subquad.torch.recurrent_operators import RECURRENT, RECURRENT_BACKWARD
 
@@ -254,4 +255,6 @@ TABLE = (
     ATTENTION_VARLEN_BACKWARD,
     RECURRENT,
     RECURRENT_BACKWARD,
+    CAUSAL_CONV1D,
+    CAUSAL_CONV1D_BACKWARD,
 )

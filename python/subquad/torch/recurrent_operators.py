@@ -106,5 +106,6 @@ RECURRENT = Operator(
     fake=_fake_recurrent,
     derivative=RECURRENT_BACKWARD,
     derivative_call=_backward_call,
+    autocast=frozenset({"q", "k", "v", "a", "b"}),
     missing="",
 )

@@ -138,7 +138,8 @@ def test_states_are_returned_where_they_are_asked_for(form):
 def test_every_operator_is_tried():
     same = {"chunk_gdn", "fused_recurrent_gdn"}
     gates = {"fused_gdn_gate", "fused_kda_gate"}
-    around = {function for function, _ in COMPOSED.values()}
+    convolutions = {"causal_conv1d", "causal_conv1d_fn", "causal_conv1d_update"}
+    around = {function for function, _ in COMPOSED.values()} | convolutions
     assert {form.function for form in FORMS.values()} | around | same | gates == set(ops.__all__)
     assert ops.chunk_gdn is ops.chunk_gated_delta_rule
     assert ops.fused_recurrent_gdn is ops.fused_recurrent_gated_delta_rule

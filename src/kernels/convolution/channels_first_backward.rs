@@ -1,0 +1,189 @@
+//! Gradients where tokens are contiguous: the formulas of `tokens_first_backward`, with tokens in the lanes.
+
+use super::args::{ConvArgs, ConvGradients, ConvGradientsOut, Run};
+use super::channels_first::{Filter, SPAN, stage_past, widen};
+use super::plan::runs_of;
+use crate::dtype::Float;
+use crate::math::load::{MAX_LANES, load_padded, store_padded};
+use crate::math::silu::silu_slope;
+use crate::parallel::RowWriter;
+use crate::simd::{Isa, SimdElement, Task, Vector, Wide};
+use crate::workspace::{Scratch, carve};
+
+/// Tasks are rows of the batch times groups of channels.
+pub struct Backward<'a, T: SimdElement> {
+    pub args: &'a ConvArgs<'a, T>,
+    pub given: &'a ConvGradients<'a, T>,
+    pub out: &'a ConvGradientsOut<'a, T>,
+    /// Channels of a task.
+    pub group: usize,
+    /// Sums of each row of the batch for the gradients of filters and biases, `[B, D, 1, W + 1]`.
+    pub sums: &'a RowWriter<'a, T::Acc>,
+}
+
+/// What is kept of a channel.
+struct Line<'s, E> {
+    /// Inputs, from `W - 1` tokens before the first one on.
+    x: &'s mut [E],
+    /// Gradients of sums before the activation, and zeros after the last one.
+    g: &'s mut [E],
+    /// Gradients of inputs.
+    dx: &'s mut [E],
+    /// Sums of the gradients of taps and bias.
+    sums: &'s mut [E],
+}
+
+impl<T: SimdElement> Task for Backward<'_, T>
+where
+    T::Acc: Wide,
+{
+    #[inline(always)]
+    fn run<I: Isa>(&self, index: usize) {
+        let (shape, runs) = (&self.args.shape, self.args.runs);
+        let groups = shape.channels.div_ceil(self.group);
+        let (batch, first) = (index / groups, index % groups * self.group);
+        // Lines end with whole vectors after what filters reach.
+        let len = SPAN + 2 * shape.width + 2 * MAX_LANES;
+        let mut scratch = Scratch::take::<T::Acc>(shape.width + 3 * len);
+        let mut rest = scratch.as_mut_slice::<T::Acc>();
+        let mut filter = Filter { taps: carve(&mut rest, shape.width), bias: T::Acc::ZERO };
+        let [x, g, dx] = [(); 3].map(|()| carve(&mut rest, len));
+        for channel in first..shape.channels.min(first + self.group) {
+            filter.read(self.args, channel);
+            let out = self.out.x.row(batch, channel, 0);
+            let sums = self.sums.row(batch, channel, 0);
+            sums.fill(T::Acc::ZERO);
+            let mut line = Line { x: &mut *x, g: &mut *g, dx: &mut *dx, sums };
+            for run in &runs[runs_of(runs, batch)] {
+                self.channel::<I>(run, channel, &filter, &mut line, &mut out[run.first..run.first + run.len]);
+            }
+        }
+    }
+}
+
+impl<T: SimdElement> Backward<'_, T>
+where
+    T::Acc: Wide,
+{
+    #[inline(always)]
+    fn channel<I: Isa>(
+        &self,
+        run: &Run,
+        channel: usize,
+        filter: &Filter<'_, T::Acc>,
+        line: &mut Line<'_, T::Acc>,
+        out: &mut [T],
+    ) {
+        let (shape, reach) = (&self.args.shape, self.args.shape.width - 1);
+        let first_in_state = self.given.first_in_state(shape, run);
+        let mut start = 0;
+        loop {
+            let end = run.len.min(start + SPAN);
+            self.gradients_of_sums::<I>(run, channel, filter, line, start);
+            if start == 0 {
+                self.past(run, channel, filter, line.g);
+            }
+            if !run.hidden {
+                sum_filter::<T, I>(line, end - start, reach);
+            }
+            let mut t = 0;
+            while t < end - start {
+                let mut dx = T::V::<I>::splat(T::Acc::ZERO);
+                for (j, &tap) in filter.taps.iter().enumerate() {
+                    dx = T::V::<I>::load(&line.g[t + reach - j..]).mul_add(T::V::<I>::splat(tap), dx);
+                }
+                dx.store(&mut line.dx[t..]);
+                t += T::V::<I>::LANES;
+            }
+            for token in first_in_state.max(start)..end {
+                let dx = &mut line.dx[token - start];
+                *dx = *dx + self.given.by_state(shape, run, channel, token as isize);
+            }
+            let mut t = start;
+            while t < end {
+                store_padded::<T, I>(T::V::<I>::load(&line.dx[t - start..]), &mut out[t..end]);
+                t += T::V::<I>::LANES;
+            }
+            start = end;
+            if start == run.len {
+                break;
+            }
+        }
+    }
+
+    /// Gradients of the sums before the activation of a span of tokens and of those that it is reached by.
+    #[inline(always)]
+    fn gradients_of_sums<I: Isa>(
+        &self,
+        run: &Run,
+        channel: usize,
+        filter: &Filter<'_, T::Acc>,
+        line: &mut Line<'_, T::Acc>,
+        start: usize,
+    ) {
+        let (args, reach) = (self.args, self.args.shape.width - 1);
+        let end = run.len.min(start + SPAN + reach);
+        if run.hidden {
+            line.g.fill(T::Acc::ZERO);
+            return;
+        }
+        let of_span = run.first + start..run.first + end;
+        stage_past(args, run, (channel, start), line.x);
+        widen::<T, I>(&args.x.row(run.batch, channel, 0)[of_span.clone()], &mut line.x[reach..]);
+        let d_out = &self.given.d_out.row(run.batch, channel, 0)[of_span];
+        let mut t = 0;
+        while t < d_out.len() {
+            let mut g = load_padded::<T, I>(&d_out[t..]);
+            if args.silu {
+                g = g.mul(silu_slope::<T, I>(filter.apply::<T, I>(line.x, t)));
+            }
+            g.store(&mut line.g[t..]);
+            t += T::V::<I>::LANES;
+        }
+        // Also what the last vector wrote beyond the end.
+        line.g[d_out.len()..].fill(T::Acc::ZERO);
+    }
+
+    /// Writes the gradients of the state before the first token.
+    #[inline(always)]
+    fn past(&self, run: &Run, channel: usize, filter: &Filter<'_, T::Acc>, g: &[T::Acc]) {
+        let (Some(initial), Some(number)) = (&self.out.initial, run.initial) else { return };
+        let (shape, reach) = (&self.args.shape, self.args.shape.width - 1);
+        for back in 1..=shape.state_len {
+            let mut dx = self.given.by_state(shape, run, channel, -(back as isize));
+            for (j, &tap) in filter.taps.iter().enumerate().take((reach + 1).saturating_sub(back)) {
+                dx = dx + tap * g[reach - back - j];
+            }
+            initial.row(number, channel, shape.state_len - back)[0] = dx;
+        }
+    }
+}
+
+/// Adds to the gradients of taps and bias what `count` tokens make.
+#[inline(always)]
+fn sum_filter<T: SimdElement, I: Isa>(line: &mut Line<'_, T::Acc>, count: usize, reach: usize)
+where
+    T::Acc: Wide,
+{
+    let lanes = T::V::<I>::LANES;
+    let whole = count & !(lanes - 1);
+    for j in 0..reach + 2 {
+        let mut sum = T::V::<I>::splat(T::Acc::ZERO);
+        let mut t = 0;
+        while t < whole {
+            let g = T::V::<I>::load(&line.g[t..]);
+            sum = if j > reach { sum.add(g) } else { g.mul_add(T::V::<I>::load(&line.x[t + j..]), sum) };
+            t += lanes;
+        }
+        let mut parts = [T::Acc::ZERO; MAX_LANES];
+        sum.store(&mut parts);
+        let mut total = line.sums[j];
+        for part in parts {
+            total = total + part;
+        }
+        for t in whole..count {
+            total = total + if j > reach { line.g[t] } else { line.g[t] * line.x[t + j] };
+        }
+        line.sums[j] = total;
+    }
+}

@@ -1,0 +1,198 @@
+//! Outputs where channels are contiguous: channels in the lanes, four tokens at a time.
+//!
+//! Seven rows of inputs make four rows of outputs of a filter of four taps, so that an output takes 3 loads. Rows are gone along from
+//! end to end, and the next four are requested meanwhile: they lie on pages of their own.
+
+use super::args::{BLOCK, ConvArgs, ConvOut};
+use super::plan::{Piece, Plan};
+use super::taps::{Taps, interleaved};
+use crate::dtype::Float;
+use crate::math::load::{MAX_LANES, load_padded, store_padded};
+use crate::math::silu::silu;
+use crate::simd::{Isa, SimdElement, Task, Vector, prefetch_lines};
+use crate::workspace::Scratch;
+use std::ops::Range;
+
+/// Tokens of a tile.
+pub(super) const TILE: usize = 4;
+/// Most taps that are unrolled.
+pub(super) const MOST_TAPS: usize = 4;
+/// Rows of inputs of a tile.
+pub(super) const WINDOW: usize = TILE + MOST_TAPS - 1;
+
+/// Tasks are groups of pieces times blocks of channels.
+pub struct Forward<'a, T: SimdElement> {
+    pub args: &'a ConvArgs<'a, T>,
+    pub out: &'a ConvOut<'a, T>,
+    pub plan: &'a Plan,
+    pub taps: &'a Taps<T::Acc>,
+}
+
+impl<T: SimdElement> Task for Forward<'_, T> {
+    #[inline(always)]
+    fn run<I: Isa>(&self, index: usize) {
+        let channels = self.args.shape.channels;
+        let blocks = channels.div_ceil(BLOCK);
+        let block = index % blocks;
+        let block = Block { number: block, first: block * BLOCK, width: BLOCK.min(channels - block * BLOCK) };
+        for piece in self.plan.group(index / blocks) {
+            self.piece::<I>(piece, &block);
+        }
+    }
+}
+
+/// Channels of a task.
+struct Block {
+    number: usize,
+    first: usize,
+    width: usize,
+}
+
+impl Block {
+    fn channels(&self) -> Range<usize> {
+        self.first..self.first + self.width
+    }
+}
+
+impl<T: SimdElement> Forward<'_, T> {
+    #[inline(always)]
+    fn piece<I: Isa>(&self, piece: &Piece, block: &Block) {
+        let args = self.args;
+        let run = &args.runs[piece.run];
+        if piece.end == run.len {
+            args.write_state(run, self.out.last.as_ref(), block.channels());
+        }
+        if run.hidden {
+            for at in piece.start..piece.end {
+                let row = self.out.out.row(run.batch, run.first + at, block.number);
+                match &args.residual {
+                    Some(residual) => row.copy_from_slice(&residual.row(run.batch, run.first + at, 0)[block.channels()]),
+                    None => row.fill(T::zeroed()),
+                }
+            }
+            return;
+        }
+        let mut at = piece.start;
+        while at < piece.end.min(args.shape.width - 1) {
+            self.first_row::<I>(piece, block, at);
+            at += 1;
+        }
+        match args.shape.width {
+            2 => self.rows::<I, 2>(piece, block, at),
+            3 => self.rows::<I, 3>(piece, block, at),
+            4 => self.rows::<I, 4>(piece, block, at),
+            _ => self.rows::<I, 0>(piece, block, at),
+        }
+    }
+
+    /// A token whose filter reaches before the run.
+    #[inline(always)]
+    fn first_row<I: Isa>(&self, piece: &Piece, block: &Block, at: usize) {
+        let (args, lanes) = (self.args, T::V::<I>::LANES);
+        let (run, width) = (&args.runs[piece.run], args.shape.width);
+        let mut scratch = Scratch::take::<T::Acc>(interleaved(block.width, width));
+        let rows = scratch.as_mut_slice::<T::Acc>();
+        let stride = block.width.next_multiple_of(MAX_LANES);
+        for (j, row) in rows.chunks_mut(stride).take(width).enumerate() {
+            for (x, channel) in row.iter_mut().zip(block.channels()) {
+                *x = args.token(run, channel, (at + j + 1) as isize - width as isize);
+            }
+        }
+        let out = self.out.out.row(run.batch, run.first + at, block.number);
+        let mut d = 0;
+        while d < block.width {
+            let taps = self.taps.of(block.first + d);
+            let mut y = T::V::<I>::load(&taps[width * MAX_LANES..]);
+            for j in 0..width {
+                y = T::V::<I>::load(&rows[j * stride + d..]).mul_add(T::V::<I>::load(&taps[j * MAX_LANES..]), y);
+            }
+            self.finish::<I, 1>([y], piece, at, block.first + d, [&mut out[d..]]);
+            d += lanes;
+        }
+    }
+
+    /// Tokens from `at` on, whose filters stay within the run.
+    #[inline(always)]
+    fn rows<I: Isa, const W: usize>(&self, piece: &Piece, block: &Block, mut at: usize) {
+        while at + TILE <= piece.end {
+            self.tile::<I, TILE, W>(piece, block, at);
+            at += TILE;
+        }
+        while at < piece.end {
+            self.tile::<I, 1, W>(piece, block, at);
+            at += 1;
+        }
+    }
+
+    /// `R` tokens; `W` is the number of taps, or 0.
+    #[inline(always)]
+    fn tile<I: Isa, const R: usize, const W: usize>(&self, piece: &Piece, block: &Block, at: usize) {
+        let run = &self.args.runs[piece.run];
+        let mut out: [&mut [T]; R] = std::array::from_fn(|r| self.out.out.row(run.batch, run.first + at + r, block.number));
+        let (lanes, whole) = (T::V::<I>::LANES, block.width & !(T::V::<I>::LANES - 1));
+        let next = at + R + TILE <= piece.end;
+        let mut d = 0;
+        while d < whole {
+            self.columns::<I, R, W>(piece, block.first + d, at, out.each_mut().map(|row| &mut row[d..whole]));
+            if next {
+                let (data, stride) = self.args.x.rows_from(run.batch, run.first + at + R, 0);
+                for r in 0..TILE {
+                    prefetch_lines(data.as_ptr().wrapping_add(r * stride + block.first + d), lanes);
+                }
+            }
+            d += lanes;
+        }
+        if d < block.width {
+            self.columns::<I, R, W>(piece, block.first + d, at, out.map(|row| &mut row[d..]));
+        }
+    }
+
+    /// One vector of channels of `R` tokens.
+    #[inline(always)]
+    fn columns<I: Isa, const R: usize, const W: usize>(&self, piece: &Piece, channel: usize, at: usize, out: [&mut [T]; R]) {
+        let run = &self.args.runs[piece.run];
+        let width = if W > 0 { W } else { self.args.shape.width };
+        let (data, stride) = self.args.x.rows_from(run.batch, run.first + at + 1 - width, 0);
+        let taps = self.taps.of(channel);
+        let mut y = [T::V::<I>::load(&taps[width * MAX_LANES..]); R];
+        if W > 0 {
+            let mut window = [T::V::<I>::splat(T::Acc::ZERO); WINDOW];
+            for (i, x) in window.iter_mut().enumerate().take(R + W - 1) {
+                *x = load_padded::<T, I>(&data[i * stride + channel..]);
+            }
+            for j in 0..W {
+                let tap = T::V::<I>::load(&taps[j * MAX_LANES..]);
+                for r in 0..R {
+                    y[r] = window[r + j].mul_add(tap, y[r]);
+                }
+            }
+        } else {
+            for j in 0..width {
+                let tap = T::V::<I>::load(&taps[j * MAX_LANES..]);
+                for (r, y) in y.iter_mut().enumerate() {
+                    *y = load_padded::<T, I>(&data[(r + j) * stride + channel..]).mul_add(tap, *y);
+                }
+            }
+        }
+        self.finish::<I, R>(y, piece, at, channel, out);
+    }
+
+    #[inline(always)]
+    fn finish<I: Isa, const R: usize>(&self, mut y: [T::V<I>; R], piece: &Piece, at: usize, channel: usize, out: [&mut [T]; R]) {
+        if self.args.silu {
+            for y in &mut y {
+                *y = silu::<T, I>(*y);
+            }
+        }
+        if let Some(residual) = &self.args.residual {
+            let run = &self.args.runs[piece.run];
+            for (r, y) in y.iter_mut().enumerate() {
+                let row = residual.row(run.batch, run.first + at + r, 0);
+                *y = y.add(load_padded::<T, I>(&row[channel..]));
+            }
+        }
+        for (y, out) in y.into_iter().zip(out) {
+            store_padded::<T, I>(y, out);
+        }
+    }
+}
