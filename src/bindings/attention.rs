@@ -9,7 +9,7 @@ use super::{enter, result, runtime};
 use crate::dtype::{DType, Element};
 use crate::error::Error;
 use crate::kernels::exact::{self, ExactArgs, ExactOut};
-use crate::parallel::{RowWriter, rows_are_disjoint};
+use crate::parallel::{RowWriter, axes_are_disjoint};
 use crate::simd::SimdElement;
 use crate::tensor::{AttnShape, Tensor, shape_text};
 use half::{bf16, f16};
@@ -176,8 +176,9 @@ pub fn check_memory(out: &Array<'_>, inputs: &[&Array<'_>]) -> Result<(), Error>
         return Err(Error::NotWritable { arg: out.arg, got: "a read-only one".into() });
     }
     let strides = &out.memory.strides;
-    let [a, b, c, d] = out.shape()[..] else { unreachable!("ranks are checked") };
-    if !rows_are_disjoint([a, b, c, d], [strides[0], strides[1], strides[2]]) {
+    let (&width, outer) = out.shape().split_last().expect("ranks are checked");
+    let axes = strides.iter().copied().zip(outer.iter().copied()).collect();
+    if !out.shape().contains(&0) && !axes_are_disjoint(axes, width) {
         let got = format!("strides {strides:?}, under which elements share memory");
         return Err(Error::NotWritable { arg: out.arg, got });
     }

@@ -17,8 +17,10 @@ mod probes;
 mod recurrent;
 mod result;
 mod runtime;
+mod scan;
 mod sdpa;
 mod second;
+mod selective;
 mod torch;
 mod varlen;
 
@@ -37,6 +39,11 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(kvcache::attention_with_kvcache, module)?)?;
     module.add_function(wrap_pyfunction!(merge::merge_attention, module)?)?;
     module.add_function(wrap_pyfunction!(recurrent::recurrent, module)?)?;
+    module.add_function(wrap_pyfunction!(selective::selective_scan, module)?)?;
+    module.add_function(wrap_pyfunction!(selective::selective_scan_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(scan::selective_state_update, module)?)?;
+    module.add_function(wrap_pyfunction!(scan::linear_scan, module)?)?;
+    module.add_function(wrap_pyfunction!(scan::linear_scan_backward, module)?)?;
     module.add_function(wrap_pyfunction!(sdpa::scaled_dot_product_attention, module)?)?;
     module.add_function(wrap_pyfunction!(runtime::set_num_threads, module)?)?;
     module.add_function(wrap_pyfunction!(runtime::get_num_threads, module)?)?;
