@@ -30,6 +30,7 @@ use pyo3::prelude::*;
 #[pymodule(name = "_native", gil_used = false)]
 fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add("SCAN_CHUNK", crate::kernels::scan::CHUNK)?;
     module.add_function(wrap_pyfunction!(attention::attention, module)?)?;
     module.add_function(wrap_pyfunction!(backward::attention_backward, module)?)?;
     module.add_function(wrap_pyfunction!(second::attention_jvp, module)?)?;

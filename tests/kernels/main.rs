@@ -5,6 +5,7 @@ mod case;
 mod gradients;
 mod modified;
 mod recurrent;
+mod scan;
 mod second;
 mod segments;
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         fused_recurrent_iplr_delta_rule,
     )
     from .gla import chunk_gla, fused_recurrent_gla
+    from .hgrn import chunk_hgrn, fused_recurrent_hgrn
     from .kda import chunk_kda, fused_recurrent_kda
     from .lightning_attn import chunk_lightning_attn, fused_recurrent_lightning_attn
     from .linear_attn import chunk_linear_attn, fused_chunk_linear_attn, fused_recurrent_linear_attn
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     )
     from .rwkv6 import chunk_rwkv6, fused_recurrent_rwkv6
     from .rwkv7 import chunk_rwkv7, fused_recurrent_rwkv7
+    from .selective_scan import selective_scan_fn, selective_state_update
     from .simple_gla import (
         chunk_simple_gla,
         fused_chunk_simple_gla,
@@ -48,6 +50,7 @@ __all__ = [
     "chunk_gated_delta_rule",
     "chunk_gdn",
     "chunk_gla",
+    "chunk_hgrn",
     "chunk_iplr_delta_rule",
     "chunk_kda",
     "chunk_lightning_attn",
@@ -66,6 +69,7 @@ __all__ = [
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_gdn",
     "fused_recurrent_gla",
+    "fused_recurrent_hgrn",
     "fused_recurrent_iplr_delta_rule",
     "fused_recurrent_kda",
     "fused_recurrent_lightning_attn",
@@ -77,6 +81,8 @@ __all__ = [
     "parallel_delta_rule",
     "parallel_retention",
     "parallel_simple_gla",
+    "selective_scan_fn",
+    "selective_state_update",
 ]
 
 # Where they are defined.
@@ -87,12 +93,14 @@ _FAMILIES = (
     "gates",
     "generalized_delta_rule",
     "gla",
+    "hgrn",
     "kda",
     "lightning_attn",
     "linear_attn",
     "retention",
     "rwkv6",
     "rwkv7",
+    "selective_scan",
     "simple_gla",
 )
 

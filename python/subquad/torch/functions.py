@@ -12,8 +12,9 @@ import torch
 from torch.autograd import Function
 
 from subquad.torch import library
-from subquad.torch.operators import TABLE, Operator, Options
+from subquad.torch.operators import Operator, Options
 from subquad.torch.plain import active_transform, holds_numbers, is_forward_mode
+from subquad.torch.table import TABLE
 
 
 def apply(operator: Operator, tensors: Sequence[Any], options: Options, names: Sequence[str]) -> Any:

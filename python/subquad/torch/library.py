@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from subquad.torch.operators import TABLE, Operator, Options
+from subquad.torch.operators import Operator, Options
 from subquad.torch.plain import is_forward_mode
 from subquad.torch.schema_values import carried, restored, schema
+from subquad.torch.table import TABLE
 
 NAMESPACE = "subquad"
 # As PyTorch casts the arguments of its own function.

@@ -1,4 +1,4 @@
-"""The operators that PyTorch knows, as one table.
+"""What an operator is that PyTorch knows, and those of attention; `subquad.torch.table` has all of them.
 
 A row says how an operator is called, what it computes, what its results look like, and which row is its derivative. Both forms in
 which PyTorch meets an operator are made from it: `subquad.torch.functions` makes the `torch.autograd.Function` of eager calls,
@@ -330,7 +330,7 @@ ATTENTION_VARLEN = Operator(
     derivative=ATTENTION_VARLEN_BACKWARD,
     missing="",
 )
-TABLE = (
+OPERATORS = (
     ATTENTION,
     ATTENTION_BACKWARD,
     ATTENTION_DOUBLE_BACKWARD,

@@ -120,7 +120,7 @@ def carried(operator: Operator, tensors: Sequence[Any], options: Options) -> tup
     optional = [options[name] for name in operator.optional]
     optional = [one if isinstance(one, torch.Tensor) else None for one in optional]
     # A window last: `restored` finds its array at the end.
-    names = [*(name for name in operator.others if name != "window_size"), "window_size"]
+    names = sorted(operator.others, key=lambda name: name == "window_size")
     others = {name: _carried(name, operator.others[name], options[name], tables) for name in names}
     return (*tensors, *optional, tables, *[others[name] for name in operator.others])
 

@@ -212,7 +212,7 @@ impl<E: Wide> Sizes<E> {
     #[inline(always)]
     fn new<T: SimdElement<Acc = E>, I: Isa>(args: &StepArgs<'_, T>, [batch, head, first]: [usize; 3], count: usize) -> Self {
         let [mut x, mut dt, mut rates] = [[E::ZERO; MAX_LANES]; 3];
-        let is_constant = args.a.is_constant();
+        let is_constant = args.shape.states > 0 && args.a.is_constant();
         for i in 0..count {
             let (of, parameter) = ([batch, head, first + i], [0, head, first + i]);
             x[i] = args.x.data[args.x.offset(of)].to_acc();
