@@ -1,6 +1,7 @@
 from typing import Any
 
 __version__: str
+SCAN_CHUNK: int
 
 def attention(
     q: Any,
@@ -145,6 +146,49 @@ def causal_conv1d_update(
     cache_seqlens: Any | None,
     conv_state_indices: Any | None,
 ) -> Any: ...
+def selective_scan(
+    u: Any,
+    delta: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    options: dict[str, Any],
+    return_last_state: bool,
+    return_checkpoints: bool,
+) -> tuple[Any, Any | None, Any | None]: ...
+def selective_scan_backward(
+    d_out: Any,
+    d_last_state: Any | None,
+    checkpoints: Any,
+    u: Any,
+    delta: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    wrt: list[str],
+    options: dict[str, Any],
+) -> tuple[Any, ...]: ...
+def selective_state_update(
+    state: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, options: dict[str, Any]
+) -> Any: ...
+def linear_scan(
+    x: Any,
+    g: Any,
+    initial_state: Any | None,
+    cu_seqlens: Any | None,
+    log_gates: bool,
+    output_final_state: bool,
+) -> tuple[Any, Any | None]: ...
+def linear_scan_backward(
+    d_out: Any,
+    d_final_state: Any | None,
+    out: Any,
+    g: Any,
+    initial_state: Any | None,
+    cu_seqlens: Any | None,
+    log_gates: bool,
+    wrt: list[str],
+) -> tuple[Any, ...]: ...
 def set_num_threads(num_threads: int) -> None: ...
 def get_num_threads() -> int: ...
 def config() -> dict[str, object]: ...

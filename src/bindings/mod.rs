@@ -20,8 +20,10 @@ mod recurrent;
 mod recurrent_backward;
 mod result;
 mod runtime;
+mod scan;
 mod sdpa;
 mod second;
+mod selective;
 mod torch;
 mod varlen;
 
@@ -31,6 +33,7 @@ use pyo3::prelude::*;
 #[pymodule(name = "_native", gil_used = false)]
 fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add("SCAN_CHUNK", crate::kernels::scan::CHUNK)?;
     module.add_function(wrap_pyfunction!(attention::attention, module)?)?;
     module.add_function(wrap_pyfunction!(backward::attention_backward, module)?)?;
     module.add_function(wrap_pyfunction!(second::attention_jvp, module)?)?;
@@ -44,6 +47,11 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(convolution::causal_conv1d, module)?)?;
     module.add_function(wrap_pyfunction!(convolution::causal_conv1d_backward, module)?)?;
     module.add_function(wrap_pyfunction!(convolution_update::causal_conv1d_update, module)?)?;
+    module.add_function(wrap_pyfunction!(selective::selective_scan, module)?)?;
+    module.add_function(wrap_pyfunction!(selective::selective_scan_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(scan::selective_state_update, module)?)?;
+    module.add_function(wrap_pyfunction!(scan::linear_scan, module)?)?;
+    module.add_function(wrap_pyfunction!(scan::linear_scan_backward, module)?)?;
     module.add_function(wrap_pyfunction!(sdpa::scaled_dot_product_attention, module)?)?;
     module.add_function(wrap_pyfunction!(runtime::set_num_threads, module)?)?;
     module.add_function(wrap_pyfunction!(runtime::get_num_threads, module)?)?;

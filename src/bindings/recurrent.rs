@@ -21,32 +21,62 @@ use pyo3::types::PyDict;
 const MAX_SEQUENCES: usize = 1 << 24;
 
 /// Arrays beside queries, keys and values, by name.
-pub struct Named<'a, 'py>(&'a Bound<'py, PyDict>);
+pub struct Named<'a, 'py>(pub &'a Bound<'py, PyDict>);
 
 impl<'py> Named<'_, 'py> {
-    fn get(&self, arg: &str) -> PyResult<Option<Bound<'py, PyAny>>> {
+    /// An argument that is not `None`.
+    pub(super) fn get(&self, arg: &str) -> PyResult<Option<Bound<'py, PyAny>>> {
         Ok(self.0.get_item(arg)?.filter(|object| !object.is_none()))
     }
 
-    fn flag(&self, arg: &str) -> PyResult<bool> {
+    /// A flag, False where it is not given.
+    pub(super) fn flag(&self, arg: &str) -> PyResult<bool> {
         self.get(arg)?.map_or(Ok(false), |flag| flag.extract())
     }
 
     /// An array of exactly that shape, of the dtype of `like` or of its accumulators.
-    fn array(&self, arg: &'static str, like: &Array<'py>, shape: &[usize], layout: Layout) -> PyResult<Option<Array<'py>>> {
-        let Some(object) = self.get(arg)? else { return Ok(None) };
-        let array = Array::import(arg, &object, layout)?;
-        like.check_kind(&array)?;
-        if array.shape() != shape {
-            return Err(Error::Shape { arg, expected: shape_text(shape), got: shape_text(array.shape()) }.into());
-        }
-        let (own, acc) = (like.float()?, lse_dtype(like.float()?));
-        if array.element != ElementType::Float(own) && array.element != ElementType::Float(acc) {
-            let expected = if own == acc { own.to_string() } else { format!("{own} or {acc}") };
-            return Err(Error::DType { arg, expected, got: array.element.to_string() }.into());
-        }
-        Ok(Some(array))
+    pub(super) fn array(
+        &self,
+        arg: &'static str,
+        like: &Array<'py>,
+        shape: &[usize],
+        layout: Layout,
+    ) -> PyResult<Option<Array<'py>>> {
+        self.get(arg)?.map(|object| numbers_of(arg, &object, like, shape, layout)).transpose()
     }
+}
+
+/// An array of exactly that shape, of the dtype of `like` or of its accumulators.
+///
+/// # Errors
+/// Those of the import, [`Error::Kind`], [`Error::Shape`] or [`Error::DType`].
+pub(super) fn numbers_of<'py>(
+    arg: &'static str,
+    object: &Bound<'py, PyAny>,
+    like: &Array<'py>,
+    shape: &[usize],
+    layout: Layout,
+) -> PyResult<Array<'py>> {
+    let array = Array::import(arg, object, layout)?;
+    like.check_kind(&array)?;
+    if array.shape() != shape {
+        return Err(Error::Shape { arg, expected: shape_text(shape), got: shape_text(array.shape()) }.into());
+    }
+    check_numbers(&array, like.float()?)?;
+    Ok(array)
+}
+
+/// Checks that numbers beside inputs of a dtype are of that, or of the dtype of its accumulators.
+///
+/// # Errors
+/// [`Error::DType`].
+pub(super) fn check_numbers(array: &Array<'_>, own: DType) -> Result<(), Error> {
+    let acc = lse_dtype(own);
+    if array.element == ElementType::Float(own) || array.element == ElementType::Float(acc) {
+        return Ok(());
+    }
+    let expected = if own == acc { own.to_string() } else { format!("{own} or {acc}") };
+    Err(Error::DType { arg: array.arg, expected, got: array.element.to_string() })
 }
 
 /// What is written to the state.
@@ -104,15 +134,22 @@ fn shape_of(q: &Array<'_>, k: &Array<'_>, v: &Array<'_>) -> Result<RecurrentShap
 }
 
 /// The sequences of a batch, or those that are packed one after the other.
-fn sequences(cu_seqlens: Option<&Bound<'_, PyAny>>, like: &Array<'_>, shape: &RecurrentShape) -> PyResult<Vec<Sequence>> {
+///
+/// # Errors
+/// [`Error::Shape`], or those of [`starts`].
+pub(super) fn sequences(
+    cu_seqlens: Option<&Bound<'_, PyAny>>,
+    like: &Array<'_>,
+    [batch, seqlen]: [usize; 2],
+) -> PyResult<Vec<Sequence>> {
     let Some(cu_seqlens) = cu_seqlens else {
-        return Ok((0..shape.batch).map(|batch| Sequence { batch, first: 0, len: shape.seqlen }).collect());
+        return Ok((0..batch).map(|batch| Sequence { batch, first: 0, len: seqlen }).collect());
     };
-    if shape.batch != 1 {
+    if batch != 1 {
         let expected = "a batch size of 1, as cu_seqlens is given".into();
         return Err(Error::Shape { arg: like.arg, expected, got: shape_text(like.shape()) }.into());
     }
-    let starts = starts("cu_seqlens", cu_seqlens, like, Some(shape.seqlen))?;
+    let starts = starts("cu_seqlens", cu_seqlens, like, Some(seqlen))?;
     Ok(starts.windows(2).map(|pair| Sequence { batch: 0, first: pair[0], len: pair[1] - pair[0] }).collect())
 }
 
@@ -159,7 +196,7 @@ impl<'py> Call<'py> {
         q.check_same(&v)?;
         let shape = shape_of(&q, &k, &v)?;
         let RecurrentShape { batch, seqlen, num_heads, num_value_heads, head_dim, head_dim_v } = shape;
-        let sequences = sequences(named.get("cu_seqlens")?.as_ref(), &q, &shape)?;
+        let sequences = sequences(named.get("cu_seqlens")?.as_ref(), &q, [batch, seqlen])?;
 
         let steps = named.array("g", &q, &[batch, seqlen, num_value_heads], Layout::Any)?;
         let channels = named.array("gk", &q, &[batch, seqlen, num_value_heads, head_dim], Layout::Rows)?;
@@ -321,7 +358,10 @@ impl<'py> Call<'py> {
 }
 
 /// Numbers of the type of the inputs, or of their accumulators.
-fn typed<'a, T: Element>(
+///
+/// # Errors
+/// Those of what makes them.
+pub(super) fn typed<'a, T: Element>(
     array: &'a Array<'_>,
     input: impl Fn(&'a Array<'_>) -> Result<Tensor<'a, T>, Error>,
     acc: impl Fn(&'a Array<'_>) -> Result<Tensor<'a, T::Acc>, Error>,

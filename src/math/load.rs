@@ -41,15 +41,35 @@ pub fn load_rows<T: SimdElement, I: Isa>([first, second]: [&[T]; 2]) -> T::V<I> 
     }
 }
 
-/// Writes as many lanes as `dst` has room for.
+/// Widens a row, with zeros to the end of the vector that it ends in.
 #[inline(always)]
-pub fn store_padded<T: SimdElement, I: Isa>(v: T::V<I>, dst: &mut [T]) {
-    if dst.len() >= T::V::<I>::LANES {
-        T::store::<I>(v, dst);
+pub fn widen<T: SimdElement, I: Isa>(row: &[T], into: &mut [T::Acc]) {
+    let mut d = 0;
+    while d < row.len() {
+        load_padded::<T, I>(&row[d..]).store(&mut into[d..]);
+        d += T::V::<I>::LANES;
+    }
+}
+
+/// Rounds a row of whole vectors into `out`, as far as that goes.
+#[inline(always)]
+pub fn narrow<T: SimdElement, I: Isa>(row: &[T::Acc], out: &mut [T]) {
+    let mut d = 0;
+    while d < out.len() {
+        store_padded::<T, I>(T::V::<I>::load(&row[d..]), &mut out[d..]);
+        d += T::V::<I>::LANES;
+    }
+}
+
+/// Rounds a vector into `out`, as far as that goes.
+#[inline(always)]
+pub fn store_padded<T: SimdElement, I: Isa>(v: T::V<I>, out: &mut [T]) {
+    if out.len() >= T::V::<I>::LANES {
+        T::store::<I>(v, out);
     } else {
         let mut buffer = [T::zeroed(); MAX_LANES];
         T::store::<I>(v, &mut buffer);
-        dst.copy_from_slice(&buffer[..dst.len()]);
+        out.copy_from_slice(&buffer[..out.len()]);
     }
 }
 
@@ -65,10 +85,7 @@ pub fn store_scaled<T: SimdElement, I: Isa>(sums: &[T::Acc], factor: T::Acc, out
         d += lanes;
     }
     if whole < out.len() {
-        let mut buffer = [T::zeroed(); MAX_LANES];
-        T::store::<I>(T::V::<I>::load(&sums[whole..]).mul(factor), &mut buffer);
-        let rest = out.len() - whole;
-        out[whole..].copy_from_slice(&buffer[..rest]);
+        store_padded::<T, I>(T::V::<I>::load(&sums[whole..]).mul(factor), &mut out[whole..]);
     }
 }
 

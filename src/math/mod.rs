@@ -1,5 +1,6 @@
 //! Primitives, generic over the instruction set. No threads, no intrinsics.
 
+pub mod activation;
 pub mod dot;
 pub mod elementwise;
 pub mod exp;

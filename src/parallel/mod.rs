@@ -13,7 +13,7 @@ mod pool;
 mod rows;
 mod turns;
 
-pub use rows::{RowWriter, axes_are_disjoint, rows_are_disjoint};
+pub use rows::{PieceWriter, RowWriter, axes_are_disjoint, rows_are_disjoint};
 pub use turns::{RowTurns, Turn};
 
 use crate::simd::{Level, Task};

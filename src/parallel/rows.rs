@@ -92,6 +92,61 @@ impl<'a, T> RowWriter<'a, T> {
     }
 }
 
+/// A writable array whose rows are handed out in pieces, each element to one task.
+///
+/// For arrays whose tasks own columns, or ranges of columns, in many rows.
+pub struct PieceWriter<'a, T> {
+    start: *mut T,
+    shape: [usize; 4],
+    strides: [usize; 3],
+    #[cfg(debug_assertions)]
+    given: Vec<std::sync::atomic::AtomicBool>,
+    memory: PhantomData<&'a mut [T]>,
+}
+
+#[expect(unsafe_code, reason = "the disjoint piece writer")]
+// SAFETY: the writer hands out each element once, so that threads never hold the same one; `T` moves between threads.
+unsafe impl<T: Send> Sync for PieceWriter<'_, T> {}
+
+impl<'a, T> PieceWriter<'a, T> {
+    /// Wraps `data`; `strides` count elements along the first three axes. The last axis is contiguous.
+    ///
+    /// # Panics
+    /// As [`RowWriter::new`].
+    pub fn new(data: &'a mut [T], shape: [usize; 4], strides: [usize; 3]) -> Self {
+        let RowWriter { start, .. } = RowWriter::new(data, shape, strides);
+        Self {
+            start,
+            shape,
+            strides,
+            #[cfg(debug_assertions)]
+            given: std::iter::repeat_with(Default::default).take(shape.iter().product()).collect(),
+            memory: PhantomData,
+        }
+    }
+
+    /// Elements `first..first + len` of a row. Ask for each element at most once.
+    ///
+    /// # Panics
+    /// When there are no such elements; in debug builds, when one was given before.
+    #[inline(always)]
+    #[expect(unsafe_code, reason = "the disjoint piece writer")]
+    #[expect(clippy::mut_from_ref, reason = "each element is given once")]
+    pub fn piece(&self, [a, b, c]: [usize; 3], first: usize, len: usize) -> &mut [T] {
+        let [most_a, most_b, most_c, width] = self.shape;
+        assert!(a < most_a && b < most_b && c < most_c && first <= width && len <= width - first, "no such piece");
+        #[cfg(debug_assertions)]
+        for i in first..first + len {
+            let given = &self.given[((a * most_b + b) * most_c + c) * width + i];
+            assert!(!given.swap(true, Ordering::Relaxed), "element given twice");
+        }
+        let offset = a * self.strides[0] + b * self.strides[1] + c * self.strides[2] + first;
+        // SAFETY: as for `RowWriter::row`, of a part of the row: the assertion above keeps it within, and kernels ask for each
+        // element once, which debug builds assert.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(offset), len) }
+    }
+}
+
 /// Whether no two rows of a `[B, S, H, D]` array with these batch, sequence and head strides share an element.
 ///
 /// Sufficient, not necessary: the axes must nest, which every view of a contiguous array does.
@@ -153,5 +208,32 @@ mod tests {
         let rows = RowWriter::new(&mut data, [1, 3, 1, 2], [6, 2, 2]);
         rows.row(0, 1, 0)[0] = 1.0;
         rows.row(0, 1, 0)[0] = 2.0;
+    }
+
+    #[test]
+    fn pieces_of_rows() {
+        let mut data = [0f32; 12];
+        let pieces = PieceWriter::new(&mut data, [1, 1, 2, 5], [12, 12, 6]);
+        pieces.piece([0, 0, 0], 3, 2).fill(1.0);
+        pieces.piece([0, 0, 1], 0, 1).fill(2.0);
+        pieces.piece([0, 0, 0], 0, 3).fill(3.0);
+        drop(pieces);
+        assert_eq!(data.map(|x| x as u8), [3, 3, 3, 1, 1, 0, 2, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    #[should_panic(expected = "no such piece")]
+    fn pieces_end_with_rows() {
+        PieceWriter::new(&mut [0f32; 12], [1, 1, 2, 5], [12, 12, 6]).piece([0, 0, 0], 4, 2);
+    }
+
+    #[test]
+    #[cfg(debug_assertions)]
+    #[should_panic(expected = "element given twice")]
+    fn elements_are_given_once() {
+        let mut data = [0f32; 6];
+        let pieces = PieceWriter::new(&mut data, [1, 1, 3, 2], [6, 6, 2]);
+        pieces.piece([0, 0, 1], 1, 1);
+        pieces.piece([0, 0, 1], 0, 2);
     }
 }

@@ -2,7 +2,6 @@
 #![allow(clippy::float_cmp, reason = "exact values are meant")]
 
 mod case;
-mod convolution;
 mod gradients;
 mod modified;
 mod second;

@@ -1,7 +1,9 @@
 //! Recurrent attention: every form, level and thread count against the naive form.
 
 mod case;
+mod convolution;
 mod forms;
 mod gradients;
+mod scan;
 #[path = "../common/stream.rs"]
 mod stream;

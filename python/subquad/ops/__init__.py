@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from .gla import chunk_gla, fused_recurrent_gla
     from .gsa import chunk_gsa, fused_recurrent_gsa
+    from .hgrn import chunk_hgrn, fused_recurrent_hgrn
     from .kda import chunk_kda, fused_recurrent_kda
     from .lightning_attn import chunk_lightning_attn, fused_recurrent_lightning_attn
     from .linear_attn import chunk_linear_attn, fused_chunk_linear_attn, fused_recurrent_linear_attn
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     )
     from .rwkv6 import chunk_rwkv6, fused_recurrent_rwkv6
     from .rwkv7 import chunk_rwkv7, fused_recurrent_rwkv7
+    from .selective_scan import selective_scan_fn, selective_state_update
     from .simple_gla import (
         chunk_simple_gla,
         fused_chunk_simple_gla,
@@ -59,6 +61,7 @@ __all__ = [
     "chunk_gdn",
     "chunk_gla",
     "chunk_gsa",
+    "chunk_hgrn",
     "chunk_iplr_delta_rule",
     "chunk_kda",
     "chunk_lightning_attn",
@@ -79,6 +82,7 @@ __all__ = [
     "fused_recurrent_gdn",
     "fused_recurrent_gla",
     "fused_recurrent_gsa",
+    "fused_recurrent_hgrn",
     "fused_recurrent_iplr_delta_rule",
     "fused_recurrent_kda",
     "fused_recurrent_lightning_attn",
@@ -95,6 +99,8 @@ __all__ = [
     "parallel_delta_rule",
     "parallel_retention",
     "parallel_simple_gla",
+    "selective_scan_fn",
+    "selective_state_update",
 ]
 
 # Where they are defined.
@@ -108,6 +114,7 @@ _FAMILIES = (
     "generalized_delta_rule",
     "gla",
     "gsa",
+    "hgrn",
     "kda",
     "lightning_attn",
     "linear_attn",
@@ -116,6 +123,7 @@ _FAMILIES = (
     "retention",
     "rwkv6",
     "rwkv7",
+    "selective_scan",
     "simple_gla",
 )
 

@@ -13,12 +13,14 @@ import torch
 
 from subquad import _native
 from subquad.torch import library
+from subquad.torch.attention_operators import ATTENTION, ATTENTION_VARLEN
 from subquad.torch.convolution_operators import CAUSAL_CONV1D
 from subquad.torch.functions import apply
 from subquad.torch.operator_row import Operator, Options
-from subquad.torch.operators import ATTENTION, ATTENTION_VARLEN, RECURRENT
 from subquad.torch.plain import Route, route
-from subquad.torch.recurrent_operators import with_defaults
+from subquad.torch.recurrent_operators import RECURRENT, with_defaults
+from subquad.torch.scan_calls import linear_scan as linear_scan
+from subquad.torch.scan_calls import selective_scan as selective_scan
 from subquad.torch.sdpa import as_attention
 
 _CONSTANTS = ("scale", "length_scale", "softcap")

@@ -76,3 +76,4 @@ CAUSAL_CONV1D = Operator(
     autocast=frozenset({"x", "weight", "bias", "residual", "initial_state"}),
     missing="",
 )
+OPERATORS = (CAUSAL_CONV1D, CAUSAL_CONV1D_BACKWARD)

@@ -13,8 +13,8 @@ from torch.autograd import Function
 
 from subquad.torch import library
 from subquad.torch.operator_row import Operator, Options
-from subquad.torch.operators import TABLE
 from subquad.torch.plain import active_transform, holds_numbers, is_forward_mode
+from subquad.torch.table import TABLE
 
 
 def apply(operator: Operator, tensors: Sequence[Any], options: Options, names: Sequence[str]) -> Any:

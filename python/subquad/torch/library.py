@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from subquad.torch.operator_row import Operator, Options
-from subquad.torch.operators import TABLE
 from subquad.torch.plain import is_forward_mode
 from subquad.torch.schema_values import carried, restored, schema
+from subquad.torch.table import TABLE
 
 NAMESPACE = "subquad"
 

@@ -1,4 +1,4 @@
-"""What PyTorch has to know of an operator: a row of the table in `subquad.torch.operators`.
+"""What PyTorch has to know of an operator: a row of the table in `subquad.torch.table`.
 
 A call consists of tensors that are always there and of options by name, some of which may be tensors, too.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 Options = dict[str, Any]
 
@@ -100,3 +102,8 @@ WRT = {"wrt": "str[]"}
 def fake_gradients(arguments: Options) -> Any:
     """Returns tensors like those that are wanted, from tensors and options by name."""
     return [arguments[name].new_empty(arguments[name].shape) for name in arguments["wrt"]]
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Returns the type in which sums of another are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

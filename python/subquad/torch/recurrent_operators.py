@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from subquad import _native
-from subquad.torch.operator_row import NO_SECOND, WRT, Operator, Options, fake_gradients
+from subquad.torch.operator_row import NO_SECOND, WRT, Operator, Options, fake_gradients, wide
 
 _OPTIONAL = ("g", "gk", "g_gamma", "beta", "a", "b", "u", "initial_state", "cu_seqlens")
 _OTHERS = {
@@ -31,10 +31,6 @@ def with_defaults(options: Options) -> Options:
     )
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _recurrent(tensors: Sequence[Any], options: Options) -> Any:
     output_final_state = True
     return _native.recurrent(*tensors, options, output_final_state)
@@ -46,7 +42,7 @@ def _fake_recurrent(tensors: Sequence[Any], options: Options) -> Any:
     states = q.shape[0] if bounds is None else bounds.shape[0] - 1
     head = (q.shape[3], v.shape[3])
     state = (states, v.shape[2], *(head[::-1] if options["state_v_first"] else head))
-    return q.new_empty(v.shape), q.new_empty(state, dtype=_wide(q.dtype))
+    return q.new_empty(v.shape), q.new_empty(state, dtype=wide(q.dtype))
 
 
 def _keys_first(state: Any, options: Options) -> Any:
@@ -109,3 +105,4 @@ RECURRENT = Operator(
     autocast=frozenset({"q", "k", "v", "a", "b"}),
     missing="",
 )
+OPERATORS = (RECURRENT, RECURRENT_BACKWARD)

@@ -75,6 +75,8 @@ pub(super) fn widen<T: SimdElement, I: Isa>(row: &[T], line: &mut [T::Acc]) {
 }
 
 impl<T: SimdElement> Task for Forward<'_, T> {
+    const MULTIPLIES_BF16: bool = false;
+
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
         let (shape, runs) = (&self.args.shape, self.args.runs);

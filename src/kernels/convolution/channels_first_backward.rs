@@ -37,6 +37,8 @@ impl<T: SimdElement> Task for Backward<'_, T>
 where
     T::Acc: Wide,
 {
+    const MULTIPLIES_BF16: bool = false;
+
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
         let (shape, runs) = (&self.args.shape, self.args.runs);

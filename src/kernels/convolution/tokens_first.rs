@@ -29,6 +29,8 @@ pub struct Forward<'a, T: SimdElement> {
 }
 
 impl<T: SimdElement> Task for Forward<'_, T> {
+    const MULTIPLIES_BF16: bool = false;
+
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
         let channels = self.args.shape.channels;

@@ -52,6 +52,8 @@ impl<T: SimdElement> Task for Backward<'_, T>
 where
     T::Acc: Wide,
 {
+    const MULTIPLIES_BF16: bool = false;
+
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
         let (channels, width) = (self.args.shape.channels, self.args.shape.width);

@@ -61,6 +61,8 @@ struct Blocks<'a, T: SimdElement> {
 }
 
 impl<T: SimdElement> Task for Blocks<'_, T> {
+    const MULTIPLIES_BF16: bool = false;
+
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
         let ConvShape { channels, seqlen, width, .. } = self.args.shape;

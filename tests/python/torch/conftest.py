@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from subquad import masks, normalizers
-from subquad.torch.operators import ATTENTION
+from subquad.torch.attention_operators import ATTENTION
 
 B, SQ, SK, H, HKV, D, DV = 2, 5, 7, 4, 2, 4, 3
 

@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 import subquad
 from subquad import masks, normalizers
 from subquad.torch.functions import apply
-from subquad.torch.operators import ATTENTION
+from subquad.torch.attention_operators import ATTENTION
 
 
 def draw(*shape, seed=0, dtype=torch.float32):

@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 import subquad
 from subquad.torch import library
-from subquad.torch.operators import ATTENTION, ATTENTION_DOUBLE_BACKWARD, ATTENTION_JVP
+from subquad.torch.attention_operators import ATTENTION, ATTENTION_DOUBLE_BACKWARD, ATTENTION_JVP
 from subquad.torch.schema_values import carried
 
 pytestmark = pytest.mark.filterwarnings(

@@ -8,8 +8,9 @@ from torch.library import opcheck
 import subquad
 from subquad import masks, normalizers
 from subquad.torch import library
-from subquad.torch.operators import ATTENTION, ATTENTION_BACKWARD, TABLE
+from subquad.torch.attention_operators import ATTENTION, ATTENTION_BACKWARD
 from subquad.torch.schema_values import carried, restored, schema
+from subquad.torch.table import TABLE
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit.script:FutureWarning",

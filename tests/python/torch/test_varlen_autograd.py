@@ -8,7 +8,7 @@ from torch.library import opcheck
 import subquad
 from subquad import flash_attn
 from subquad.torch import library
-from subquad.torch.operators import ATTENTION_VARLEN
+from subquad.torch.attention_operators import ATTENTION_VARLEN
 from subquad.torch.schema_values import carried, restored
 
 pytestmark = pytest.mark.filterwarnings(

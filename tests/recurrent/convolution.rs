@@ -1,6 +1,6 @@
 //! Short convolutions: both orders of memory against the definition, gradients against its finite differences, updates.
 
-use crate::case::{Stream, widen};
+use crate::stream::{Stream, widen};
 use half::{bf16, f16};
 use subquad::dtype::{Element, Float};
 use subquad::kernels::convolution::update::{Slot, UpdateArgs, UpdateOut, outputs, update};

@@ -1,9 +1,4 @@
-"""The operators that PyTorch knows, as one table.
-
-A row says how an operator is called, what it computes, what its results look like, and which row is its derivative. Both forms in
-which PyTorch meets an operator are made from it: `subquad.torch.functions` makes the `torch.autograd.Function` of eager calls,
-`subquad.torch.library` the custom operator that `torch.compile` and `torch.export` put into their graphs.
-"""
+"""The rows of attention in the table of operators."""
 
 from __future__ import annotations
 
@@ -13,9 +8,7 @@ from typing import Any
 import torch
 
 from subquad import _native
-from subquad.torch.convolution_operators import CAUSAL_CONV1D, CAUSAL_CONV1D_BACKWARD
-from subquad.torch.operator_row import NO_SECOND, WRT, Operator, Options, fake_gradients
-from subquad.torch.recurrent_operators import RECURRENT, RECURRENT_BACKWARD
+from subquad.torch.operator_row import NO_SECOND, WRT, Operator, Options, fake_gradients, wide
 
 _OPTIONAL = ("bias", "relative_bias", "alibi_slopes", "sinks", "scale", "length_scale")
 _OTHERS = {
@@ -30,10 +23,6 @@ _OTHERS = {
 }
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _attention(tensors: Sequence[Any], options: Options) -> Any:
     return _native.attention(*tensors, **options, return_lse=True)
 
@@ -42,7 +31,7 @@ def _fake_attention(tensors: Sequence[Any], options: Options) -> Any:
     q, _, v = tensors
     batch, length, heads, _ = q.shape
     out = q.new_empty((batch, length, heads, v.shape[3]))
-    return out, q.new_empty((batch, heads, length), dtype=_wide(q.dtype))
+    return out, q.new_empty((batch, heads, length), dtype=wide(q.dtype))
 
 
 def _attention_backward(tensors: Sequence[Any], options: Options) -> Any:
@@ -195,7 +184,7 @@ def _attention_varlen(tensors: Sequence[Any], options: Options) -> Any:
 def _fake_attention_varlen(tensors: Sequence[Any], options: Options) -> Any:
     q, _, v = tensors[:3]
     total, heads, _ = q.shape
-    return q.new_empty((total, heads, v.shape[-1])), q.new_empty((heads, total), dtype=_wide(q.dtype))
+    return q.new_empty((total, heads, v.shape[-1])), q.new_empty((heads, total), dtype=wide(q.dtype))
 
 
 def _attention_varlen_backward(tensors: Sequence[Any], options: Options) -> Any:
@@ -246,15 +235,11 @@ ATTENTION_VARLEN = Operator(
     derivative=ATTENTION_VARLEN_BACKWARD,
     missing="",
 )
-TABLE = (
+OPERATORS = (
     ATTENTION,
     ATTENTION_BACKWARD,
     ATTENTION_DOUBLE_BACKWARD,
     ATTENTION_JVP,
     ATTENTION_VARLEN,
     ATTENTION_VARLEN_BACKWARD,
-    RECURRENT,
-    RECURRENT_BACKWARD,
-    CAUSAL_CONV1D,
-    CAUSAL_CONV1D_BACKWARD,
 )
