@@ -7,9 +7,7 @@ use super::{enter, integers, result, runtime};
 use crate::dtype::{DType, Element};
 use crate::error::Error;
 use crate::kernels::recurrent::{Numbers, Sequence};
-use crate::kernels::scan::linear::{
-    self, Gates, LinearArgs, LinearBackwardArgs, LinearGradients, LinearOut, NumbersOut,
-};
+use crate::kernels::scan::linear::{self, Gates, LinearArgs, LinearBackwardArgs, LinearGradients, LinearOut, NumbersOut};
 use crate::kernels::scan::step::{Parameter, States, StepArgs, StepShape, Strided, update};
 use crate::parallel::{PieceWriter, RowWriter};
 use crate::simd::{SimdElement, Wide};
@@ -82,9 +80,10 @@ impl<'py> Step<'py> {
             x.check_same(&array)?;
             let (fits, expected) = match (heads, array.shape()) {
                 (None, shape) => (shape == [batch, states], shape_text(&[batch, states])),
-                (Some(heads), &[b, g, n]) => {
-                    (b == batch && n == states && g > 0 && heads.is_multiple_of(g), format!("({batch}, a divisor of {heads}, {states})"))
-                }
+                (Some(heads), &[b, g, n]) => (
+                    b == batch && n == states && g > 0 && heads.is_multiple_of(g),
+                    format!("({batch}, a divisor of {heads}, {states})"),
+                ),
                 (Some(heads), _) => (false, format!("({batch}, a divisor of {heads}, {states})")),
             };
             if !fits {
@@ -170,7 +169,7 @@ impl<'py> Step<'py> {
     where
         T::Acc: Wide,
     {
-        let parameter = |array: &Option<Array<'py>>| array.as_ref().map(|array| self.parameter(array, 1, 2)).transpose();
+        let of_channels = |array| self.parameter(array, 1, 2);
         let args = StepArgs::<T> {
             shape: self.shape,
             x: self.strided(&self.x, 0, 2)?,
@@ -178,9 +177,9 @@ impl<'py> Step<'py> {
             a: self.parameter(&self.a, 1, 3)?,
             b: self.factors(&self.b)?,
             c: self.factors(&self.c)?,
-            d: parameter(&self.d)?,
+            d: self.d.as_ref().map(of_channels).transpose()?,
             z: self.z.as_ref().map(|z| self.strided(z, 0, 2)).transpose()?,
-            dt_bias: parameter(&self.dt_bias)?,
+            dt_bias: self.dt_bias.as_ref().map(of_channels).transpose()?,
             dt_softplus: self.dt_softplus,
             rows: &self.rows,
         };
@@ -321,8 +320,7 @@ pub fn linear_scan<'py>(
     let dtype = call.x.float()?;
     let out = result::empty("out", &call.x, call.x.shape(), dtype)?;
     let shape = [call.sequences.len(), call.x.shape()[2]];
-    let last =
-        output_final_state.then(|| result::empty("final_state", &call.x, &shape, lse_dtype(dtype))).transpose()?;
+    let last = output_final_state.then(|| result::empty("final_state", &call.x, &shape, lse_dtype(dtype))).transpose()?;
     dispatch_dtype!(dtype, run_linear, py, &call, &out, last.as_ref())?;
     let last = last.map(|last| result::deliver(&call.x, last)).transpose()?;
     Ok((result::deliver(&call.x, out)?, last))
@@ -371,9 +369,7 @@ pub fn linear_scan_backward<'py>(
     let d_out = numbers_of("d_out", d_out, &call.x, call.x.shape(), Layout::Rows)?;
     call.x.check_same(&d_out)?;
     let shape = [call.sequences.len(), call.x.shape()[2]];
-    let d_last = d_final_state
-        .map(|d_last| numbers_of("d_final_state", d_last, &call.x, &shape, Layout::Rows))
-        .transpose()?;
+    let d_last = d_final_state.map(|d_last| numbers_of("d_final_state", d_last, &call.x, &shape, Layout::Rows)).transpose()?;
     let mut into = Vec::with_capacity(wrt.len());
     for (i, name) in wrt.iter().enumerate() {
         let array = match &name[..] {

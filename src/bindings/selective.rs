@@ -250,9 +250,8 @@ pub fn selective_scan<'py>(
     let dtype = call.u.float()?;
     let SelectiveShape { batch, channels, states, .. } = call.shape;
     let out = result::empty("out", &call.u, call.u.shape(), dtype)?;
-    let wide = |wanted: bool, arg, shape: &[usize]| {
-        wanted.then(|| result::empty(arg, &call.u, shape, lse_dtype(dtype))).transpose()
-    };
+    let wide =
+        |wanted: bool, arg, shape: &[usize]| wanted.then(|| result::empty(arg, &call.u, shape, lse_dtype(dtype))).transpose();
     let last = wide(return_last_state, "last_state", &[batch, channels, states])?;
     let checkpoints = wide(return_checkpoints, "checkpoints", &call.chunks())?;
     dispatch_dtype!(dtype, run, py, &call, &out, last.as_ref(), checkpoints.as_ref())?;
@@ -284,9 +283,8 @@ where
         checkpoints: results.checkpoints.memory.slice(results.checkpoints.arg)?,
     };
     let found = |name: &str| wrt.iter().position(|wanted| wanted == name).map(|i| &into[i]);
-    let of_inputs = |name: &str| {
-        found(name).map(|array| Ok::<_, Error>((array.memory.slice_mut::<T>(array.arg)?, four(array)))).transpose()
-    };
+    let of_inputs =
+        |name: &str| found(name).map(|array| Ok::<_, Error>((array.memory.slice_mut::<T>(array.arg)?, four(array)))).transpose();
     let (u, delta, z) = (of_inputs("u")?, of_inputs("delta")?, of_inputs("z")?);
     // Sums, which are rounded at the end.
     const SUMS: [&str; 6] = ["A", "B", "C", "D", "delta_bias", "initial_state"];
@@ -343,9 +341,7 @@ pub fn selective_scan_backward<'py>(
     };
     let results = Results {
         d_out,
-        d_last: d_last_state
-            .map(|d_last| wide("d_last_state", d_last, &[batch, channels, states], Layout::Rows))
-            .transpose()?,
+        d_last: d_last_state.map(|d_last| wide("d_last_state", d_last, &[batch, channels, states], Layout::Rows)).transpose()?,
         checkpoints: wide("checkpoints", checkpoints, &call.chunks(), Layout::Contiguous)?,
     };
     let mut into = Vec::with_capacity(wrt.len());

@@ -160,8 +160,14 @@ where
             let what = format!("{:?} {:?} {}", self.shape, self.kind, level.name());
             compare(&widen(&got.0), &widen(&want.0), tolerance, &format!("out, {what}"));
             compare(&widen(&got.1), &widen(&want.1), tolerance, &format!("state, {what}"));
-            assert!(bytemuck::cast_slice::<_, u8>(&got.0) == bytemuck::cast_slice::<_, u8>(&again.0), "threads change bits: {what}");
-            assert!(bytemuck::cast_slice::<_, u8>(&got.2) == bytemuck::cast_slice::<_, u8>(&again.2), "threads change bits: {what}");
+            assert!(
+                bytemuck::cast_slice::<_, u8>(&got.0) == bytemuck::cast_slice::<_, u8>(&again.0),
+                "threads change bits: {what}"
+            );
+            assert!(
+                bytemuck::cast_slice::<_, u8>(&got.2) == bytemuck::cast_slice::<_, u8>(&again.2),
+                "threads change bits: {what}"
+            );
         }
     }
 }
@@ -184,7 +190,9 @@ fn sweep<T: SimdElement>(tolerance: f64)
 where
     T::Acc: Wide,
 {
-    for shape in [shape(1, 1, 1, 1, 1), shape(2, 20, 2, 5, 63), shape(1, 40, 1, 16, 65), shape(2, 33, 3, 4, 130), shape(1, 7, 7, 3, 0)] {
+    for shape in
+        [shape(1, 1, 1, 1, 1), shape(2, 20, 2, 5, 63), shape(1, 40, 1, 16, 65), shape(2, 33, 3, 4, 130), shape(1, 7, 7, 3, 0)]
+    {
         for kind in kinds() {
             Case::<T>::new(shape, kind, 1.0).check(tolerance);
         }
@@ -233,7 +241,13 @@ fn states_that_fade_to_nothing_stay_there() {
 }
 
 /// Gradients of `sum(weights * out) + sum(other * last)`, by name.
-fn gradients<T: SimdElement>(case: &Case<T>, weights: &[T], other: &[T::Acc], level: Level, threads: usize) -> Vec<(&'static str, Vec<f64>)>
+fn gradients<T: SimdElement>(
+    case: &Case<T>,
+    weights: &[T],
+    other: &[T::Acc],
+    level: Level,
+    threads: usize,
+) -> Vec<(&'static str, Vec<f64>)>
 where
     T::Acc: Wide,
 {
@@ -353,7 +367,14 @@ fn sequences(tokens: usize) -> Vec<Sequence> {
 }
 
 /// Outputs and last states of the linear scan in f64.
-fn linear_naive(x: &[f64], g: &[f64], gates: Gates, initial: &[f64], sequences: &[Sequence], width: usize) -> (Vec<f64>, Vec<f64>) {
+fn linear_naive(
+    x: &[f64],
+    g: &[f64],
+    gates: Gates,
+    initial: &[f64],
+    sequences: &[Sequence],
+    width: usize,
+) -> (Vec<f64>, Vec<f64>) {
     let (mut out, mut last) = (x.to_vec(), initial.to_vec());
     for (n, sequence) in sequences.iter().enumerate() {
         for d in 0..width {
@@ -490,8 +511,7 @@ where
     let per_channel = [heads * channels, channels, 1, 0];
     let strides_a = if constant { [0, channels, 1, 0] } else { [0, channels * states, states, 1] };
     let inputs = |data| Strided::new("x", data, [batch, heads, channels, 1], per_channel).unwrap();
-    let parameter =
-        |data| Parameter::Acc(Strided::new("D", data, [1, heads, channels, 1], [0, channels, 1, 0]).unwrap());
+    let parameter = |data| Parameter::Acc(Strided::new("D", data, [1, heads, channels, 1], [0, channels, 1, 0]).unwrap());
     let args = StepArgs {
         shape,
         x: inputs(&x),

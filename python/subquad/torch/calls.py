@@ -16,9 +16,17 @@ from subquad.torch import library
 from subquad.torch.functions import apply
 from subquad.torch.operators import ATTENTION, ATTENTION_VARLEN, Operator, Options
 from subquad.torch.plain import Route, route
-from subquad.torch.scan_calls import linear_scan as linear_scan
-from subquad.torch.scan_calls import selective_scan as selective_scan
+from subquad.torch.scan_calls import linear_scan, selective_scan
 from subquad.torch.sdpa import as_attention
+
+__all__ = [
+    "attention",
+    "attention_as_it_is",
+    "attention_varlen",
+    "linear_scan",
+    "scaled_dot_product_attention",
+    "selective_scan",
+]
 
 _CONSTANTS = ("scale", "length_scale", "softcap")
 

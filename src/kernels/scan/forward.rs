@@ -35,7 +35,8 @@ fn run<T: SimdElement, I: Isa>(args: &SelectiveArgs<'_, T>, out: &SelectiveOut<'
 where
     T::Acc: Wide,
 {
-    let mut scratch = Scratch::take::<T::Acc>(3 * sizes.chunks() + 2 * sizes.all_states() + 2 * sizes.factors() + 2 * sizes.channels());
+    let mut scratch =
+        Scratch::take::<T::Acc>(3 * sizes.chunks() + 2 * sizes.all_states() + 2 * sizes.factors() + 2 * sizes.channels());
     let mut rest = scratch.as_mut_slice::<T::Acc>();
     let [u, delta, y] = std::array::from_fn(|_| carve(&mut rest, sizes.chunks()));
     let state = carve(&mut rest, sizes.all_states());

@@ -132,8 +132,12 @@ where
 
 /// Some numbers of a row, widened.
 #[inline(always)]
-fn read<T: SimdElement, I: Isa>(numbers: &Numbers<'_, T>, [batch, token]: [usize; 2], channels: &Range<usize>, into: &mut [T::Acc])
-where
+fn read<T: SimdElement, I: Isa>(
+    numbers: &Numbers<'_, T>,
+    [batch, token]: [usize; 2],
+    channels: &Range<usize>,
+    into: &mut [T::Acc],
+) where
     T::Acc: Wide,
 {
     match numbers {
