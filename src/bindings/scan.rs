@@ -169,7 +169,7 @@ impl<'py> Step<'py> {
     where
         T::Acc: Wide,
     {
-        let parameter = |array: &Option<Array<'py>>| array.as_ref().map(|array| self.parameter(array, 1, 2)).transpose();
+        let of_channels = |array| self.parameter(array, 1, 2);
         let args = StepArgs::<T> {
             shape: self.shape,
             x: self.strided(&self.x, 0, 2)?,
@@ -177,9 +177,9 @@ impl<'py> Step<'py> {
             a: self.parameter(&self.a, 1, 3)?,
             b: self.factors(&self.b)?,
             c: self.factors(&self.c)?,
-            d: parameter(&self.d)?,
+            d: self.d.as_ref().map(of_channels).transpose()?,
             z: self.z.as_ref().map(|z| self.strided(z, 0, 2)).transpose()?,
-            dt_bias: parameter(&self.dt_bias)?,
+            dt_bias: self.dt_bias.as_ref().map(of_channels).transpose()?,
             dt_softplus: self.dt_softplus,
             rows: &self.rows,
         };

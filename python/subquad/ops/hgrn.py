@@ -65,7 +65,9 @@ def fused_recurrent_hgrn(
     """
     if not is_watched():
         try:
-            return _native.linear_scan(x, g, initial_state, cu_seqlens, True, output_final_state)
+            return _native.linear_scan(
+                x, g, initial_state, cu_seqlens, log_gates=True, output_final_state=output_final_state
+            )
         except REFUSALS:
             if not is_tensor(x):
                 raise

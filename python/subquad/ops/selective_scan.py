@@ -2,9 +2,9 @@
 
 Sources: Mamba, Gu and Dao 2023; Transformers are SSMs, Dao and Gu 2024.
 
-The functions have the names and arguments of mamba_ssm's. Arrays are PyTorch tensors, NumPy arrays or others that speak DLPack, of one
-library: float32, float64, float16 or bfloat16. Parameters and states may be float32 beside the half types, and states and sums are
-computed in float32 (float64 for float64).
+The functions have the names and arguments of mamba_ssm's. Arrays are PyTorch tensors, NumPy arrays or others that speak DLPack, of
+one library: float32, float64, float16 or bfloat16. Parameters and states may be float32 beside the half types, and states and sums
+are computed in float32 (float64 for float64).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .. import _native
 from .pytorch import REFUSALS, calls, is_tensor, is_watched
 
 # The signatures are mamba_ssm's.
-# ruff: noqa: FBT001, FBT002, N803
+# ruff: noqa: FBT001, FBT002
 
 
 def selective_scan_fn(
@@ -41,8 +41,8 @@ def selective_scan_fn(
         u: inputs, `[B, D, L]`. `[B, L, D]` arrays that are transposed are read as they are.
         delta: sizes of steps, `[B, D, L]`, of u's dtype.
         A: rates, real, below 0 for states that fade, `[D, N]`.
-        B: what inputs enter the states by, `[B, N, L]`, `[B, G, N, L]` for `G` groups of `D / G` consecutive channels, or the same for
-            all steps, `[D, N]`.
+        B: what inputs enter the states by, `[B, N, L]`, `[B, G, N, L]` for `G` groups of `D / G` consecutive channels, or the same
+            for all steps, `[D, N]`.
         C: what states are read by, as `B`; with as many groups as `B` where both have them.
         D: what inputs enter the outputs by, `[D]`. `None` is 0.
         z: gate, `[B, D, L]`, of u's dtype.
@@ -57,7 +57,8 @@ def selective_scan_fn(
 
     Raises:
         ValueError: for shapes that do not fit, arrays on other devices.
-        TypeError: for dtypes that are not supported (complex ones among them) or differ, objects that are no arrays, mixed libraries.
+        TypeError: for dtypes that are not supported (complex ones among them) or differ, objects that are no arrays, mixed
+            libraries.
         NotImplementedError: for second derivatives and forward mode.
         OverflowError: for sizes that cannot be indexed.
     """
@@ -70,7 +71,9 @@ def selective_scan_fn(
     }
     if not is_watched():
         try:
-            out, last_state, _ = _native.selective_scan(u, delta, A, B, C, options, return_last_state, False)
+            out, last_state, _ = _native.selective_scan(
+                u, delta, A, B, C, options, return_last_state=return_last_state, return_checkpoints=False
+            )
         except REFUSALS:
             if not is_tensor(u):
                 raise
@@ -106,8 +109,8 @@ def selective_state_update(
         z: gate, as `x`.
         dt_bias: added to `dt`, `[D]` or `[H, D]`.
         dt_softplus: whether softplus is taken of `dt` and its bias.
-        state_batch_indices: which state each row of `x` belongs to, `[B]`, int32 or int64, each at most once; rows with a negative one
-            have the output 0 and no state. Default: `S = B`, each its own.
+        state_batch_indices: which state each row of `x` belongs to, `[B]`, int32 or int64, each at most once; rows with a negative
+            one have the output 0 and no state. Default: `S = B`, each its own.
 
     Returns:
         The outputs, as `x`.

@@ -19,9 +19,21 @@ from subquad.torch.functions import apply
 from subquad.torch.operator_row import Operator, Options
 from subquad.torch.plain import Route, route
 from subquad.torch.recurrent_operators import RECURRENT, with_defaults
-from subquad.torch.scan_calls import linear_scan as linear_scan
-from subquad.torch.scan_calls import selective_scan as selective_scan
+from subquad.torch.scan_calls import linear_scan, selective_scan
 from subquad.torch.sdpa import as_attention
+
+__all__ = [
+    "attention",
+    "attention_as_it_is",
+    "attention_varlen",
+    "causal_conv1d",
+    "causal_conv1d_as_it_is",
+    "linear_scan",
+    "recurrent",
+    "recurrent_as_it_is",
+    "scaled_dot_product_attention",
+    "selective_scan",
+]
 
 _CONSTANTS = ("scale", "length_scale", "softcap")
 

@@ -13,7 +13,8 @@ from subquad.torch.operator_row import NO_SECOND, WRT, Operator, Options, wide
 
 
 def _selective_scan(tensors: Sequence[Any], options: Options) -> Any:
-    return _native.selective_scan(*tensors, options, True, True)
+    u, delta, a, b, c = tensors
+    return _native.selective_scan(u, delta, a, b, c, options, return_last_state=True, return_checkpoints=True)
 
 
 def _fake_selective_scan(tensors: Sequence[Any], _options: Options) -> Any:
@@ -26,12 +27,13 @@ def _fake_selective_scan(tensors: Sequence[Any], _options: Options) -> Any:
 
 
 def _selective_scan_backward(tensors: Sequence[Any], options: Options) -> Any:
-    d_out, d_last, checkpoints, *inputs = tensors
-    d_out = torch.zeros_like(inputs[0]) if d_out is None else d_out
-    found = _native.selective_scan_backward(
-        d_out, d_last, checkpoints, *inputs, options["wrt"], options
+    d_out, d_last_state, checkpoints, u, delta, a, b, c = tensors
+    d_out = torch.zeros_like(u) if d_out is None else d_out
+    return list(
+        _native.selective_scan_backward(
+            d_out, d_last_state, checkpoints, u, delta, a, b, c, options["wrt"], options
+        )
     )
-    return list(found)
 
 
 def _fake_selective_scan_backward(tensors: Sequence[Any], options: Options) -> Any:
@@ -78,7 +80,12 @@ SELECTIVE_SCAN = Operator(
 def _linear_scan(tensors: Sequence[Any], options: Options) -> Any:
     x, g = tensors
     return _native.linear_scan(
-        x, g, options["initial_state"], options["cu_seqlens"], options["log_gates"], True
+        x,
+        g,
+        options["initial_state"],
+        options["cu_seqlens"],
+        options["log_gates"],
+        output_final_state=True,
     )
 
 

@@ -1,6 +1,6 @@
 //! Channels by steps, on their way in and out: vectors of channels for the loops, whichever axis is contiguous for the caller.
 
-use crate::dtype::{Element, Float};
+use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::math::load::{load_padded, store_padded};
 use crate::parallel::PieceWriter;
@@ -206,6 +206,7 @@ impl<T: SimdElement> PlaneWriter<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dtype::Float;
     use crate::simd::{Level, Task};
 
     struct Copy<'a>(Plane<'a, f32>, PlaneWriter<'a, f32>, [usize; 2]);

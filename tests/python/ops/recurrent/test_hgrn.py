@@ -128,7 +128,9 @@ def test_gradcheck_of_packed_sequences():
     x, g, _ = (torch.from_numpy(x).requires_grad_() for x in draw(9, "float64", channels=3, batch=1))
     states = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     starts = torch.tensor([0, 4, 4, 5, 9])
-    assert torch.autograd.gradcheck(lambda x, g, h: fused_recurrent_hgrn(x, g, h, True, starts), (x, g, states))
+    assert torch.autograd.gradcheck(
+        lambda x, g, h: fused_recurrent_hgrn(x, g, h, True, starts), (x, g, states)
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 65, 200])
@@ -199,7 +201,10 @@ def test_bad_input(form):
             arguments[at] = wrong
             with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
                 function(*arguments)
-    for name, arguments in (("g", (x, torch.from_numpy(g))), ("initial_state", (x, g, torch.from_numpy(state)))):
+    for name, arguments in (
+        ("g", (x, torch.from_numpy(g))),
+        ("initial_state", (x, g, torch.from_numpy(state))),
+    ):
         with pytest.raises(TypeError, match=f"^{name}: expected a NumPy array"):
             function(*arguments)
     for kind in ("float64", "bfloat16"):

@@ -328,7 +328,9 @@ def check_step(arrays, expected, dtype, **options):
     state = arrays["state"]
     out = selective_state_update(**arrays, **options)
     assert str(out.dtype).removeprefix("torch.") == dtype
-    (assert_mean_close if dtype in HALF else lambda x, y: assert_largest_close(x, y, dtype, "out"))(out, expected[0])
+    (assert_mean_close if dtype in HALF else lambda x, y: assert_largest_close(x, y, dtype, "out"))(
+        out, expected[0]
+    )
     state_dtype = str(state.dtype).removeprefix("torch.")
     if state_dtype in HALF:
         assert_mean_close(state, expected[1])
@@ -432,7 +434,9 @@ WRONG_STEPS = {
 def test_wrong_steps(name):
     arrays = draw_step("float32", "groups")
     for shape in WRONG_STEPS[name]:
-        with pytest.raises(ValueError, match=r"^(state|x|A|B): expected" if name == "state" else f"^{name}: expected shape"):
+        with pytest.raises(
+            ValueError, match=r"^(state|x|A|B): expected" if name == "state" else f"^{name}: expected shape"
+        ):
             selective_state_update(**arrays | {name: np.zeros(shape, np.float32)})
     for wrong in (3.0, object(), arrays[name].astype(np.int32), torch.from_numpy(arrays[name])):
         with pytest.raises(TypeError, match=r"^[A-Za-z_]+: expected"):
