@@ -73,7 +73,8 @@ def _attention_double_backward(tensors: Sequence[Any], options: Options) -> Any:
     found = _native.attention_double_backward(
         d_out, q, k, v, out, lse, d_lse, _given(tensors[7:]), options, names
     )
-    return [found[name] for name in names]
+    # A tuple: autograd takes no list for results.
+    return tuple(found[name] for name in names)
 
 
 def _fake_attention_double_backward(tensors: Sequence[Any], options: Options) -> Any:

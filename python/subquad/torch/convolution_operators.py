@@ -37,7 +37,8 @@ def _causal_conv1d_backward(tensors: Sequence[Any], options: Options) -> Any:
     if "residual" in options["wrt"]:
         # A copy: results of operators are not among their arguments.
         gradients["residual"] = d_out.clone(memory_format=torch.contiguous_format)
-    return [gradients[name] for name in options["wrt"]]
+    # A tuple: autograd takes no list for results.
+    return tuple(gradients[name] for name in options["wrt"])
 
 
 def _fake_causal_conv1d_backward(tensors: Sequence[Any], options: Options) -> Any:

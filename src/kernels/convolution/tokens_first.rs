@@ -100,7 +100,7 @@ impl<T: SimdElement> Forward<'_, T> {
                 *x = args.token(run, channel, (at + j + 1) as isize - width as isize);
             }
         }
-        let out = self.out.out.row(run.batch, run.first + at, block.number);
+        let mut out = [self.out.out.row(run.batch, run.first + at, block.number)];
         let mut d = 0;
         while d < block.width {
             let taps = self.taps.of(block.first + d);
@@ -108,7 +108,7 @@ impl<T: SimdElement> Forward<'_, T> {
             for j in 0..width {
                 y = T::V::<I>::load(&rows[j * stride + d..]).mul_add(T::V::<I>::load(&taps[j * MAX_LANES..]), y);
             }
-            self.finish::<I, 1>([y], piece, at, block.first + d, [&mut out[d..]]);
+            self.finish::<I, 1>([y], piece, (at, block.first + d), (&mut out, d));
             d += lanes;
         }
     }
@@ -135,7 +135,7 @@ impl<T: SimdElement> Forward<'_, T> {
         let next = at + R + TILE <= piece.end;
         let mut d = 0;
         while d < whole {
-            self.columns::<I, R, W>(piece, block.first + d, at, out.each_mut().map(|row| &mut row[d..whole]));
+            self.columns::<I, R, W>(piece, block, (at, d), &mut out);
             if next {
                 let (data, stride) = self.args.x.rows_from(run.batch, run.first + at + R, 0);
                 for r in 0..TILE {
@@ -145,13 +145,20 @@ impl<T: SimdElement> Forward<'_, T> {
             d += lanes;
         }
         if d < block.width {
-            self.columns::<I, R, W>(piece, block.first + d, at, out.map(|row| &mut row[d..]));
+            self.columns::<I, R, W>(piece, block, (at, d), &mut out);
         }
     }
 
     /// One vector of channels of `R` tokens.
     #[inline(always)]
-    fn columns<I: Isa, const R: usize, const W: usize>(&self, piece: &Piece, channel: usize, at: usize, out: [&mut [T]; R]) {
+    fn columns<I: Isa, const R: usize, const W: usize>(
+        &self,
+        piece: &Piece,
+        block: &Block,
+        (at, d): (usize, usize),
+        out: &mut [&mut [T]; R],
+    ) {
+        let channel = block.first + d;
         let run = &self.args.runs[piece.run];
         let width = if W > 0 { W } else { self.args.shape.width };
         let (data, stride) = self.args.x.rows_from(run.batch, run.first + at + 1 - width, 0);
@@ -176,11 +183,18 @@ impl<T: SimdElement> Forward<'_, T> {
                 }
             }
         }
-        self.finish::<I, R>(y, piece, at, channel, out);
+        self.finish::<I, R>(y, piece, (at, channel), (out, d));
     }
 
+    /// Activates, adds the residual, and writes the channels from `d` of a block on.
     #[inline(always)]
-    fn finish<I: Isa, const R: usize>(&self, mut y: [T::V<I>; R], piece: &Piece, at: usize, channel: usize, out: [&mut [T]; R]) {
+    fn finish<I: Isa, const R: usize>(
+        &self,
+        mut y: [T::V<I>; R],
+        piece: &Piece,
+        (at, channel): (usize, usize),
+        (out, d): (&mut [&mut [T]; R], usize),
+    ) {
         if self.args.silu {
             for y in &mut y {
                 *y = silu::<T, I>(*y);
@@ -194,7 +208,7 @@ impl<T: SimdElement> Forward<'_, T> {
             }
         }
         for (y, out) in y.into_iter().zip(out) {
-            store_padded::<T, I>(y, out);
+            store_padded::<T, I>(y, &mut out[d..]);
         }
     }
 }

@@ -230,7 +230,7 @@ where
         let ahead = at + 2 * TILE <= run.len;
         let mut d = 0;
         while d < whole {
-            self.columns::<I, W>(run, block, (at, d), out.each_mut().map(|row| &mut row[d..whole]));
+            self.columns::<I, W>(run, block, (at, d), &mut out);
             if ahead {
                 for (data, stride) in next {
                     for r in TILE..2 * TILE {
@@ -241,7 +241,7 @@ where
             d += lanes;
         }
         if d < block.width {
-            self.columns::<I, W>(run, block, (at, d), out.map(|row| &mut row[d..]));
+            self.columns::<I, W>(run, block, (at, d), &mut out);
         }
     }
 
@@ -252,7 +252,7 @@ where
         run: &Run,
         block: &mut Block<'_, T::Acc>,
         (at, d): (usize, usize),
-        out: [&mut [T]; TILE],
+        out: &mut [&mut [T]; TILE],
     ) {
         let zero = T::V::<I>::splat(T::Acc::ZERO);
         let channel = block.first + d;
@@ -263,7 +263,10 @@ where
         for (i, x_row) in window.iter_mut().enumerate().take(TILE + W - 1) {
             *x_row = load_padded::<T, I>(&x[i * x_stride + channel..]);
         }
-        let mut g: [_; TILE] = std::array::from_fn(|r| load_padded::<T, I>(&d_out[r * d_stride + channel..]));
+        let mut g = [zero; TILE];
+        for (r, g) in g.iter_mut().enumerate() {
+            *g = load_padded::<T, I>(&d_out[r * d_stride + channel..]);
+        }
         if self.args.silu {
             let mut y = [T::V::<I>::load(&taps[W * MAX_LANES..]); TILE];
             for j in 0..W {
@@ -304,7 +307,7 @@ where
             all[TILE + i].store(&mut before[i * MAX_LANES..]);
         }
         for (dx, out) in dx.into_iter().zip(out) {
-            store_padded::<T, I>(dx, out);
+            store_padded::<T, I>(dx, &mut out[d..]);
         }
     }
 }

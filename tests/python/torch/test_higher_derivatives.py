@@ -154,6 +154,14 @@ def test_what_comes_after_is_refused(derivative, message, qkv):
         derivative(lambda q: loss(q, *qkv[1:]), qkv[0])
 
 
+def test_third_derivatives_are_refused_by_eager_calls(qkv):
+    q = qkv[0].requires_grad_()
+    (first,) = torch.autograd.grad(loss(*qkv), q, create_graph=True)
+    (second,) = torch.autograd.grad(first.sin().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="attention_double_backward: third derivatives"):
+        second.sin().sum().backward()
+
+
 @pytest.mark.parametrize(("name", "shape"), [("sinks", (4,)), ("alibi_slopes", (4,))])
 def test_slopes_and_sinks_are_refused(name, shape, qkv):
     q, k, v = qkv
