@@ -66,7 +66,7 @@ def _recurrent_backward(tensors: Sequence[Any], options: Options) -> Any:
     if "initial_state" in found:
         found["initial_state"] = _keys_first(found["initial_state"], options)
     arguments = options | {"q": q, "k": k, "v": v}
-    return [found[name].to(arguments[name].dtype) for name in wrt]
+    return tuple(found[name].to(arguments[name].dtype) for name in wrt)
 
 
 def _fake_recurrent_backward(tensors: Sequence[Any], options: Options) -> Any:
