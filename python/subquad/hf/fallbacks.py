@@ -9,56 +9,38 @@ stand in for packages that need a GPU. What they compute, in which layout, is th
     mamba_selective_scan, mamba_selective_state_update                   mamba_ssm
     causal_conv1d_fn, causal_conv1d_update                               causal-conv1d
 
+`rwkv_linear_attention` is RWKV-4's, which has a kernel of its own on a GPU.
+
 Sums and states are float32 there whatever the dtype of the model, and here too, except that float64 models are computed in float64;
 results have the dtypes that the functions give them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import reduce
-from inspect import Parameter, signature
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from subquad import ops
-from subquad.hf.tracing import is_tracing, why_unreadable
+from subquad.hf.recurrent_arguments import (
+    Running,
+    beside,
+    common_dtype,
+    needs_grad,
+    parameter_names,
+    rows,
+    why_refused,
+    wide,
+)
+from subquad.hf.wkv import wkv
 
 # The parameters are named as transformers names them.
 # ruff: noqa: FBT001, FBT002
 
-Tensor = TypeVar("Tensor", torch.Tensor, torch.Tensor | None)
-
 _MAX_HEAD_DIM = 1024
-# How callers say that tokens of one row are of several sequences.
-_PACKED = ("cu_seqlens", "cu_seq_lens_q", "seq_idx")
 _ACTIVATIONS = (None, "silu", "swish")
-
-
-@dataclass
-class Running:
-    """A module of a patched model while its `forward` runs.
-
-    Attributes:
-        module: The module.
-        inputs: What `forward` was called with.
-        scans: How many sequences of several tokens it has scanned so far: one for each head, in some models.
-    """
-
-    module: Any
-    inputs: tuple[Any, ...] = field(repr=False)
-    scans: int = 0
-
-    def cached_state(self) -> torch.Tensor | None:
-        """Returns the state of the module's layer before this call, `None` where there is no cache or nothing in it."""
-        cache = next((one for one in self.inputs if hasattr(one, "get_recurrent_state")), None)
-        state: torch.Tensor | None = (
-            None if cache is None else cache.get_recurrent_state(self.module.layer_idx)
-        )
-        return state
-
 
 # Takes what runs and the arguments by name. A result is that of the function, or the reason why it has to compute the call itself.
 Compute = Callable[..., Any]
@@ -84,55 +66,7 @@ class Fallback:
 
     def describes(self, function: Any) -> bool:
         """Whether a function has these parameters."""
-        try:
-            found = signature(function).parameters.values()
-        except (TypeError, ValueError):
-            return False
-        return tuple(one.name for one in found if one.kind is not Parameter.VAR_KEYWORD) == self.parameters
-
-
-def _refused(others: Mapping[str, Any], *tensors: torch.Tensor | None) -> str | None:
-    """Returns why a call has to stay where it is, whichever it is.
-
-    Args:
-        others: Arguments that the operator does not get.
-        *tensors: Those that it does.
-    """
-    present = [one for one in tensors if one is not None]
-    for one in present:
-        reason = why_unreadable(one)
-        if reason is not None:
-            return reason
-        if one.numel() == 0:
-            return "empty tensors"
-    if is_tracing(present[0]):
-        return "tracing"
-    # Most of the functions refuse them.
-    return "packed sequences" if any(others.get(name) is not None for name in _PACKED) else None
-
-
-def _common_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
-    return reduce(torch.promote_types, (one.dtype for one in tensors if one is not None))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of sums and states."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _beside(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns gates and parameters in a dtype that operators take beside inputs of `dtype`."""
-    if tensor is None or tensor.dtype in (dtype, _wide(dtype)):
-        return tensor
-    return tensor.to(_wide(dtype))
-
-
-def _needs_grad(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
+        return parameter_names(function) == self.parameters
 
 
 def _delta_rule(operator: str, *, in_place: bool) -> Compute:
@@ -156,20 +90,20 @@ def _delta_rule(operator: str, *, in_place: bool) -> Compute:
         **others: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None] | str:
         del running
-        reason = _refused(others, query, key, value, g, beta, initial_state)
+        reason = why_refused(others, query, key, value, g, beta, initial_state)
         if reason is None and max(key.shape[3], value.shape[3]) > _MAX_HEAD_DIM:
             reason = f"head_dim above {_MAX_HEAD_DIM}"
         if reason is not None:
             return reason
-        dtype = _common_dtype(query, key, value)
-        initial = None if initial_state is None else initial_state.to(_wide(dtype))
+        dtype = common_dtype(query, key, value)
+        initial = None if initial_state is None else initial_state.to(wide(dtype))
         options: dict[str, Any] = {}
         if in_place and output_final_state and initial is not None and initial.is_contiguous():
-            options["inplace_final_state"] = not _needs_grad(query, key, value, g, beta, initial)
+            options["inplace_final_state"] = not needs_grad(query, key, value, g, beta, initial)
         output, final = getattr(ops, operator)(
-            *(_rows(one.to(dtype)) for one in (query, key, value)),
-            g=_rows(_beside(g, dtype)),
-            beta=_rows(_beside(beta, dtype)),
+            *(rows(one.to(dtype)) for one in (query, key, value)),
+            g=rows(beside(g, dtype)),
+            beta=rows(beside(beta, dtype)),
             initial_state=initial,
             output_final_state=output_final_state,
             use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
@@ -199,7 +133,9 @@ def _convolution(
     **others: Any,
 ) -> torch.Tensor | str:
     del running
-    reason = _refused(others, hidden_states, weight, bias) or _refused_convolution(weight, bias, activation)
+    reason = why_refused(others, hidden_states, weight, bias) or _refused_convolution(
+        weight, bias, activation
+    )
     if reason is not None:
         return reason
     output: torch.Tensor = ops.causal_conv1d_fn(
@@ -218,7 +154,7 @@ def _convolution_step(
     **others: Any,
 ) -> torch.Tensor | str:
     del running
-    reason = _refused(others, hidden_states, conv_state, weight, bias)
+    reason = why_refused(others, hidden_states, conv_state, weight, bias)
     reason = reason or _refused_convolution(weight, bias, activation)
     if reason is not None:
         return reason
@@ -248,20 +184,20 @@ def _mamba2_scan(
     **others: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | str:
     del running
-    reason = _refused(others, hidden_states, dt, A, B, C, D, dt_bias, initial_states)
+    reason = why_refused(others, hidden_states, dt, A, B, C, D, dt_bias, initial_states)
     if reason is not None:
         return reason
-    dtype = _common_dtype(hidden_states, B, C)
+    dtype = common_dtype(hidden_states, B, C)
     result = ops.mamba_chunk_scan_combined(
-        _rows(hidden_states.to(dtype)),
-        _rows(_beside(dt, dtype)),
-        _beside(A, dtype),
-        _rows(B.to(dtype)),
-        _rows(C.to(dtype)),
+        rows(hidden_states.to(dtype)),
+        rows(beside(dt, dtype)),
+        beside(A, dtype),
+        rows(B.to(dtype)),
+        rows(C.to(dtype)),
         chunk_size,
-        D=_beside(D, dtype),
-        dt_bias=_beside(dt_bias, dtype),
-        initial_states=None if initial_states is None else initial_states.to(_wide(dtype)),
+        D=beside(D, dtype),
+        dt_bias=beside(dt_bias, dtype),
+        initial_states=None if initial_states is None else initial_states.to(wide(dtype)),
         dt_softplus=dt_softplus,
         dt_limit=dt_limit,
         return_final_states=return_final_states,
@@ -287,22 +223,22 @@ def _state_update(
     **others: Any,
 ) -> torch.Tensor | str:
     del running
-    reason = _refused(others, state, hidden_states, dt, A, B, C, D, dt_bias, z)
-    dtype = _common_dtype(hidden_states, B, C)
-    if reason is None and state.dtype != _wide(dtype):
+    reason = why_refused(others, state, hidden_states, dt, A, B, C, D, dt_bias, z)
+    dtype = common_dtype(hidden_states, B, C)
+    if reason is None and state.dtype != wide(dtype):
         reason = f"state of dtype {str(state.dtype).removeprefix('torch.')}"
     if reason is not None:
         return reason
     output: torch.Tensor = ops.selective_state_update(
         state,
         hidden_states.to(dtype),
-        _beside(dt, dtype),
-        _beside(A, dtype),
+        beside(dt, dtype),
+        beside(A, dtype),
         B.to(dtype),
         C.to(dtype),
-        D=_beside(D, dtype),
+        D=beside(D, dtype),
         z=None if z is None else z.to(dtype),
-        dt_bias=_beside(dt_bias, dtype),
+        dt_bias=beside(dt_bias, dtype),
         dt_softplus=dt_softplus,
     )
     return output.to(hidden_states.dtype)
@@ -323,29 +259,29 @@ def _mamba_scan(
     **others: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | str:
     head, running.scans = running.scans, running.scans + 1
-    reason = _refused(others, hidden_states, dt, A, B, C, D, z, delta_bias)
+    reason = why_refused(others, hidden_states, dt, A, B, C, D, z, delta_bias)
     if reason is not None:
         return reason
-    dtype = _common_dtype(hidden_states, B, C)
+    dtype = common_dtype(hidden_states, B, C)
     initial = running.cached_state() if return_last_state else None
     if initial is not None:
         # Models with several heads scan one after the other.
-        initial = (initial if initial.ndim == A.ndim + 1 else initial[:, head]).to(_wide(dtype))
+        initial = (initial if initial.ndim == A.ndim + 1 else initial[:, head]).to(wide(dtype))
     result = ops.selective_scan_fn(
         hidden_states.to(dtype),
-        _beside(dt, dtype),
-        _beside(A, dtype),
+        beside(dt, dtype),
+        beside(A, dtype),
         B.to(dtype),
         C.to(dtype),
-        D=_beside(D, dtype),
+        D=beside(D, dtype),
         z=None if z is None else z.to(dtype),
-        delta_bias=_beside(delta_bias, dtype),
+        delta_bias=beside(delta_bias, dtype),
         delta_softplus=delta_softplus,
         return_last_state=return_last_state,
         initial_state=initial,
     )
     # Of the skip connection and the gate.
-    promoted = _common_dtype(hidden_states, D, z)
+    promoted = common_dtype(hidden_states, D, z)
     if return_last_state:
         output, last = result
         return output.to(promoted), last
@@ -418,6 +354,12 @@ _KNOWN = (
         "selective_scan_fn",
         _mamba_scan,
         continues=True,
+    ),
+    Fallback(
+        ("rwkv_linear_attention",),
+        ("time_decay", "time_first", "key", "value", "state", "return_state"),
+        "fused_recurrent_hgrn",
+        wkv,
     ),
     Fallback(("causal_conv1d_fn",), ("hidden_states", *_CONVOLUTION), "causal_conv1d_fn", _convolution),
     Fallback(

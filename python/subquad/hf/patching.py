@@ -339,7 +339,7 @@ def patch(model: PreTrainedModel, *, row_chunks: bool = True) -> Patch:
             raise
         caches = use_in_generate(model)
         chunks = use_row_chunks(model) if row_chunks else None
-        shadowed = [(module, "something else has set its forward") for module in layers.shadowed]
+        shadowed = [(module, "something else has shadowed its method") for module in layers.shadowed]
         coverage = replace(
             coverage,
             left_alone=coverage.left_alone + _count_left_alone(shadowed),

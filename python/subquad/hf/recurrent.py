@@ -4,15 +4,15 @@ transformers' layers look the functions they compute with up among the globals o
 a stand-in there reaches layers that exist already. It reaches those of all models of the file too: `forward` of the layers of
 a patched model, shadowed, notes that it runs, and a stand-in called from anywhere else is the original. Before (up to 5.15)
 layers kept the functions they found as attributes: there the stand-in takes the attribute's place.
+
+Layers that compute a recurrence in a method of their own have that method shadowed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import lru_cache, update_wrapper
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from threading import RLock
 from types import MethodType
 from typing import Any
@@ -20,129 +20,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from subquad.hf.fallbacks import FALLBACKS, Fallback, Running
+from subquad.hf.fallbacks import FALLBACKS, Fallback
 from subquad.hf.interface import names_in, own_functions
+from subquad.hf.methods import METHODS, Method
 from subquad.hf.report import Recurrent, Tally
-
-_SEAM = "forward"
-# An attribute of the module, as `torch.compile` cannot trace weak dictionaries.
-_ATTRIBUTE = "_subquad_recurrent"
+from subquad.hf.stand_ins import ATTRIBUTE, Tallies, hold, known, release, running
 
 _lock = RLock()
-
-
-@dataclass(frozen=True)
-class _Binding:
-    """What a layer of a patched model knows about its patches.
-
-    Attributes:
-        tallies: Their counts.
-    """
-
-    tallies: tuple[Tally, ...]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Binding:
-        """Returns itself: a copy of the module computes as the module does."""
-        return self
-
-
-@dataclass(frozen=True)
-class _Call:
-    running: Running
-    binding: _Binding
-
-
-_current: ContextVar[_Call | None] = ContextVar("subquad_recurrent_layer", default=None)
-
-
-class StandIn:
-    """Stands for a function of transformers: computes calls from layers of patched models with an operator of subquad.
-
-    Attributes:
-        __wrapped__: The function, which computes all other calls.
-    """
-
-    def __init__(self, original: Any, name: str, fallback: Fallback) -> None:
-        """Takes the function, its name for reports, and what is known about it."""
-        update_wrapper(self, original, updated=())
-        self.__wrapped__ = original
-        self._name, self._fallback = name, fallback
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns what the function returns."""
-        call = None if torch.compiler.is_compiling() else _current.get()
-        if call is None:
-            return self.__wrapped__(*args, **kwargs)
-        given = dict(zip(self._fallback.parameters, args, strict=False)) | kwargs
-        result = self._fallback.compute(call.running, **given)
-        if isinstance(result, str):
-            for tally in call.binding.tallies:
-                tally.delegated[result, self._name] += 1
-            return self.__wrapped__(*args, **kwargs)
-        for tally in call.binding.tallies:
-            tally.recurrent[self._fallback.operator] += 1
-        return result
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> StandIn:
-        """Returns itself, as functions do."""
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles as the function."""
-        return _itself, (self.__wrapped__,)
-
-
-def _itself(function: Any) -> Any:
-    return function
-
-
-@dataclass
-class _Place:
-    """Where a stand-in is.
-
-    Attributes:
-        namespace: Globals of a file, or attributes of a module.
-        name: Its name there.
-        stand_in: The stand-in.
-        holders: How many patches use it.
-    """
-
-    namespace: dict[str, Any]
-    name: str
-    stand_in: StandIn
-    holders: int = 0
-
-
-_places: dict[tuple[int, str], _Place] = {}
-
-
-def _hold(namespace: dict[str, Any], name: str, fallback: Fallback) -> None:
-    place = _places.get((id(namespace), name))
-    if place is None:
-        place = _Place(namespace, name, StandIn(namespace[name], name, fallback))
-        _places[id(namespace), name] = place
-        namespace[name] = place.stand_in
-    place.holders += 1
-
-
-def _release(key: tuple[int, str]) -> None:
-    place = _places[key]
-    place.holders -= 1
-    if place.holders:
-        return
-    del _places[key]
-    # What others have put in its place since is theirs to undo.
-    if place.namespace.get(place.name) is place.stand_in:
-        place.namespace[place.name] = place.stand_in.__wrapped__
-
-
-def _original(function: Any) -> Any:
-    return function.__wrapped__ if isinstance(function, StandIn) else function
-
-
-def _known(name: str, function: Any) -> Fallback | None:
-    fallback = FALLBACKS.get(name)
-    return fallback if fallback is not None and fallback.describes(_original(function)) else None
 
 
 @lru_cache(maxsize=1024)
@@ -159,37 +43,67 @@ def _names_of(cls: type) -> tuple[tuple[Any, str], ...]:
 def _seams(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Fallback]]:
     """Yields the namespaces in which a module finds known fallbacks, and their names there."""
     for function, name in _names_of(type(module)):  # type: ignore[arg-type] # classes are hashable
-        fallback = _known(name, function.__globals__.get(name))
+        fallback = known(name, function.__globals__.get(name))
         if fallback is not None:
             yield function.__globals__, name, fallback
     for name, attribute in vars(module).items():
         if not isinstance(attribute, nn.Module) and callable(attribute):
-            fallback = _known(getattr(attribute, "__name__", ""), attribute)
+            fallback = known(getattr(attribute, "__name__", ""), attribute)
             if fallback is not None:
                 yield vars(module), name, fallback
 
 
-def _shadowed_by_others(module: nn.Module) -> bool:
-    # A pickle of a patched model holds the method of the class.
-    own = getattr(vars(module).get(_SEAM), "__func__", None)
-    return _SEAM in vars(module) and own not in (forward, type(module).forward)
+def _method(module: nn.Module) -> Method | None:
+    """Returns what is known about the method in which a module computes a recurrence itself."""
+    return METHODS.get(type(module).__name__)
 
 
-# The name is the seam's: a pickled bound method is looked up by it, and finds the module's own again.
+# A pickled bound method is looked up by the name of the function, and finds the module's own again.
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Runs the `forward` of a module's class, and notes that it runs."""
-    whole, binding = type(self).forward, getattr(self, _ATTRIBUTE, None)
-    if binding is None:
+    whole, tallies = type(self).forward, getattr(self, ATTRIBUTE, None)
+    if tallies is None:
         return whole(self, *args, **kwargs)
     if torch.compiler.is_compiling():
-        for tally in binding.tallies:
-            tally.compiled = True
+        tallies.compiled()
         return whole(self, *args, **kwargs)
-    token = _current.set(_Call(Running(self, (*args, *kwargs.values())), binding))
-    try:
+    with running(self, (*args, *kwargs.values()), tallies):
         return whole(self, *args, **kwargs)
-    finally:
-        _current.reset(token)
+
+
+def _computing(name: str) -> Callable[..., Any]:
+    """Returns what shadows a method, by name, in which modules compute a recurrence themselves."""
+
+    def shadow(self: Any, *args: Any, **kwargs: Any) -> Any:
+        original, tallies = getattr(type(self), name), getattr(self, ATTRIBUTE, None)
+        if tallies is not None and torch.compiler.is_compiling():
+            tallies.compiled()
+        elif tallies is not None:
+            method = METHODS[type(self).__name__]
+            given = dict(zip(method.parameters, args, strict=False)) | kwargs
+            result = method.compute(self, **given)
+            if tallies.count(method.operator, f"{type(self).__name__}.{name}", result):
+                return result
+        return original(self, *args, **kwargs)
+
+    shadow.__name__ = name
+    return shadow
+
+
+_SHADOWS = {name: _computing(name) for name in {method.name for method in METHODS.values()}}
+
+
+def _shadow(module: nn.Module) -> tuple[str, Callable[..., Any]]:
+    """Returns which method of a recurrent module is shadowed, and by what."""
+    method = _method(module)
+    return ("forward", forward) if method is None else (method.name, _SHADOWS[method.name])
+
+
+def _shadowed_by_others(module: nn.Module) -> bool:
+    name, shadow = _shadow(module)
+    # A pickle of a patched model holds the method of the class.
+    own = getattr(vars(module).get(name), "__func__", None)
+    return name in vars(module) and own not in (shadow, getattr(type(module), name))
 
 
 class RecurrentLayers:
@@ -198,7 +112,7 @@ class RecurrentLayers:
     Attributes:
         modules: The layers.
         coverage: The layers, by class.
-        shadowed: Layers that were left alone, as something else has set their `forward`.
+        shadowed: Layers that were left alone, as something else has shadowed the method that would be.
         globals: The globals that have stand-ins, for `release_globals`.
     """
 
@@ -217,16 +131,18 @@ class RecurrentLayers:
         for module in modules:
             found = list(_seams(module))
             for namespace, name, fallback in found:
-                _hold(namespace, name, fallback)
                 held = self._attributes if namespace is vars(module) else self.globals
-                held.append((id(namespace), name))
-            tallies = getattr(module, _ATTRIBUTE, _Binding(())).tallies
-            setattr(module, _ATTRIBUTE, _Binding((*tallies, self._tally)))
-            setattr(module, _SEAM, MethodType(forward, module))
+                held.append(hold(namespace, name, fallback))
+            tallies = getattr(module, ATTRIBUTE, Tallies(())).tallies
+            setattr(module, ATTRIBUTE, Tallies((*tallies, self._tally)))
+            name, shadow = _shadow(module)
+            setattr(module, name, MethodType(shadow, module))
             self.modules.append(module)
-            operators = tuple(sorted({fallback.operator for _, _, fallback in found}))
+            method = _method(module)
+            operators = {fallback.operator for _, _, fallback in found}
+            operators |= set() if method is None else {method.operator}
             continues = any(fallback.continues for _, _, fallback in found)
-            counts[type(module).__name__, operators, continues] += 1
+            counts[type(module).__name__, tuple(sorted(operators)), continues] += 1
         self.coverage = tuple(
             Recurrent(name, count, operators, continues)
             for (name, operators, continues), count in counts.items()
@@ -240,36 +156,41 @@ class RecurrentLayers:
         with _lock:
             release_globals(self.globals)
             while self._attributes:
-                _release(self._attributes.pop())
+                release(self._attributes.pop())
             while self.modules:
                 module = self.modules.pop()
-                tallies = getattr(module, _ATTRIBUTE).tallies
+                tallies = getattr(module, ATTRIBUTE).tallies
                 left = tuple(one for one in tallies if one is not self._tally)
                 if left:
-                    setattr(module, _ATTRIBUTE, _Binding(left))
+                    setattr(module, ATTRIBUTE, Tallies(left))
                 else:
-                    delattr(module, _ATTRIBUTE)
+                    delattr(module, ATTRIBUTE)
                     if not _shadowed_by_others(module):
-                        delattr(module, _SEAM)
+                        vars(module).pop(_shadow(module)[0], None)
 
 
 def release_globals(held: list[tuple[int, str]]) -> None:
     """Restores the globals that nobody else holds, and empties the list."""
     with _lock:
         while held:
-            _release(held.pop())
+            release(held.pop())
 
 
 def recurrent_modules(model: nn.Module) -> list[nn.Module]:
-    """Returns the modules of a model that call a function that subquad has an operator for."""
-    return [module for module in model.modules() if next(_seams(module), None) is not None]
+    """Returns the modules of a model that call a function, or have a method, that subquad has an operator for."""
+    return [module for module in model.modules() if _is_known(module)]
+
+
+def _is_known(module: nn.Module) -> bool:
+    method = _method(module)
+    return next(_seams(module), None) is not None if method is None else method.describes(module)
 
 
 def use_recurrent(model: nn.Module, tally: Tally) -> RecurrentLayers:
     """Lets the recurrent layers of a model compute with subquad's operators.
 
-    This puts stand-ins among the globals of transformers' files, and sets two attributes of each layer, of which one, `forward`,
-    shadows the method of its class. Layers of other models compute as they did, of the same class too. Calls that operators do not
+    This puts stand-ins among the globals of transformers' files, and sets two attributes of each layer, of which one shadows a
+    method of its class. Layers of other models compute as they did, of the same class too. Calls that operators do not
     take, on other devices than the CPU, while traced and in `torch.compile` are computed by transformers' functions.
 
     Args:

@@ -13,7 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.qwen3_next import modeling_qwen3_next as file
 
 import subquad.hf
-from subquad.hf.recurrent import StandIn, recurrent_modules
+from subquad.hf.recurrent import recurrent_modules
+from subquad.hf.stand_ins import StandIn
 
 from .models import build, distance, in_parts, whole
 
@@ -172,7 +173,7 @@ def test_forward_set_by_others(model):
     assert layer.forward is forward
     assert report.recurrent == ()
     assert [(one.name, one.reason) for one in report.left_alone] == [
-        ("Qwen3NextGatedDeltaNet", "something else has set its forward")
+        ("Qwen3NextGatedDeltaNet", "something else has shadowed its method")
     ]
     assert len(calls) == 2
 
