@@ -41,6 +41,8 @@ from subquad.hf.wkv import wkv
 
 _MAX_HEAD_DIM = 1024
 _ACTIVATIONS = (None, "silu", "swish")
+# Operators of single steps write to states, and have none.
+_STEP_GRADIENTS = "gradients of a step"
 
 # Takes what runs and the arguments by name. A result is that of the function, or the reason why it has to compute the call itself.
 Compute = Callable[..., Any]
@@ -156,6 +158,8 @@ def _convolution_step(
     del running
     reason = why_refused(others, hidden_states, conv_state, weight, bias)
     reason = reason or _refused_convolution(weight, bias, activation)
+    if reason is None and needs_grad(hidden_states, conv_state, weight, bias):
+        reason = _STEP_GRADIENTS
     if reason is not None:
         return reason
     past = conv_state.to(weight.dtype)
@@ -224,15 +228,16 @@ def _state_update(
 ) -> torch.Tensor | str:
     del running
     reason = why_refused(others, state, hidden_states, dt, A, B, C, D, dt_bias, z)
-    dtype = common_dtype(hidden_states, B, C)
-    if reason is None and state.dtype != wide(dtype):
-        reason = f"state of dtype {str(state.dtype).removeprefix('torch.')}"
+    if reason is None and needs_grad(state, hidden_states, dt, A, B, C, D, dt_bias, z):
+        reason = _STEP_GRADIENTS
     if reason is not None:
         return reason
+    dtype = common_dtype(hidden_states, dt, B, C)
+    kept = state.to(wide(dtype))
     output: torch.Tensor = ops.selective_state_update(
-        state,
+        kept,
         hidden_states.to(dtype),
-        beside(dt, dtype),
+        dt.to(dtype),
         beside(A, dtype),
         B.to(dtype),
         C.to(dtype),
@@ -241,6 +246,8 @@ def _state_update(
         dt_bias=beside(dt_bias, dtype),
         dt_softplus=dt_softplus,
     )
+    if kept is not state:
+        state.copy_(kept)
     return output.to(hidden_states.dtype)
 
 
@@ -262,14 +269,14 @@ def _mamba_scan(
     reason = why_refused(others, hidden_states, dt, A, B, C, D, z, delta_bias)
     if reason is not None:
         return reason
-    dtype = common_dtype(hidden_states, B, C)
+    dtype = common_dtype(hidden_states, dt, B, C)
     initial = running.cached_state() if return_last_state else None
     if initial is not None:
         # Models with several heads scan one after the other.
         initial = (initial if initial.ndim == A.ndim + 1 else initial[:, head]).to(wide(dtype))
     result = ops.selective_scan_fn(
         hidden_states.to(dtype),
-        beside(dt, dtype),
+        dt.to(dtype),
         beside(A, dtype),
         B.to(dtype),
         C.to(dtype),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from subquad import ops
-from subquad.hf.recurrent_arguments import parameter_names, rows, why_refused
+from subquad.hf.recurrent_arguments import parameter_names, rows, why_refused, wide
 
 # The parameters are named as transformers names them.
 # ruff: noqa: FBT001
@@ -174,13 +174,14 @@ def _rg_lru(
         reason = "single tokens"
     if reason is not None:
         return reason
+    dtype = wide(hidden_states.dtype)
     output, final = ops.fused_recurrent_hgrn(
-        hidden_states.to(acc_dtype),
-        (recurrent_gate * ~reset).to(acc_dtype).log(),
-        initial_state=None if recurrent_states is None else recurrent_states.to(acc_dtype),
+        hidden_states,
+        (recurrent_gate * ~reset).to(dtype).log(),
+        initial_state=None if recurrent_states is None else recurrent_states.to(dtype),
         output_final_state=True,
     )
-    return output.to(hidden_states.dtype), final
+    return output, final.to(acc_dtype)
 
 
 def _rg_lru_example(module: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -12,9 +13,21 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..models import spread
 from ..sizes import FIRST_TOKEN, LAST_TOKEN, tiny_config
 
+# Operators of several tokens and of one.
 GATED_DELTA = ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule")
 KDA = ("chunk_kda", "fused_recurrent_kda")
-_CACHES = ("cache", "past_key_values", "cache_params")
+MAMBA = ("selective_scan_fn", "selective_state_update")
+MAMBA2 = ("mamba_chunk_scan_combined", "selective_state_update")
+CONVOLUTION = ("causal_conv1d_fn", "causal_conv1d_update")
+_CACHES = ("cache", "past_key_values", "cache_params", "state")
+# Models that take the mask of the tokens they are given, not of those in their cache.
+_OWN_MASKS = ("mamba", "falcon_mamba")
+_SIZES: dict[str, dict[str, Any]] = {
+    # The list of layers is not shortened, as its length follows from other fields.
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    # Widths are rounded up to multiples of 64, of states but not of what is written to them.
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_heads": 2},
+}
 LENGTH, LEFT = 70, 9
 # Two tokens after each other, and pieces shorter and longer than a chunk, whose ends are no multiple of one.
 STEPS, PIECES = (67, 68, 69, LENGTH), (13, 40, 41, LENGTH)
@@ -23,9 +36,12 @@ STEPS, PIECES = (67, 68, 69, LENGTH), (13, 40, 41, LENGTH)
 def build(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     """Builds a model with random weights, always the same ones."""
     if kind not in CONFIG_MAPPING:
-        raise LookupError(kind)
+        pytest.skip(f"this transformers has no {kind}")
+    config = tiny_config(kind)
+    for name, value in _SIZES.get(kind, {}).items():
+        setattr(config, name, value)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(tiny_config(kind)).eval().float()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
     spread(model)
     return model.to(dtype)
 
@@ -52,7 +68,8 @@ def in_parts(model: Any, ends: Sequence[int], left: int = 0) -> torch.Tensor:
     past: dict[str, Any] = {}
     logits = []
     for start, end in zip((0, *ends), ends, strict=False):
-        output = model(ids[:, start:end], attention_mask=mask[:, :end], use_cache=True, **past)
+        first = start if model.config.model_type in _OWN_MASKS else 0
+        output = model(ids[:, start:end], attention_mask=mask[:, first:end], use_cache=True, **past)
         name = next(name for name in _CACHES if output.get(name) is not None)
         past = {name: output[name]}
         logits.append(output.logits)
