@@ -175,9 +175,11 @@ def _rg_lru(
     if reason is not None:
         return reason
     dtype = wide(hidden_states.dtype)
+    # A gate of 0 would have no gradient but NaN.
+    gates = recurrent_gate.to(dtype).clamp(min=torch.finfo(dtype).tiny).log()
     output, final = ops.fused_recurrent_hgrn(
         hidden_states,
-        (recurrent_gate * ~reset).to(dtype).log(),
+        gates.masked_fill(reset, float("-inf")),
         initial_state=None if recurrent_states is None else recurrent_states.to(dtype),
         output_final_state=True,
     )
