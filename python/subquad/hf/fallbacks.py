@@ -171,6 +171,20 @@ def _convolution_step(
     return output.to(hidden_states.dtype)
 
 
+def _silu_convolution_step(
+    running: Running,
+    hidden_states: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    **others: Any,
+) -> torch.Tensor | str:
+    """Computes `torch_causal_conv1d_update`, which takes no notice of its `activation`."""
+    del activation
+    return _convolution_step(running, hidden_states, conv_state, weight, bias, "silu", **others)
+
+
 def _mamba2_scan(
     running: Running,
     hidden_states: torch.Tensor,
@@ -370,11 +384,16 @@ _KNOWN = (
     ),
     Fallback(("causal_conv1d_fn",), ("hidden_states", *_CONVOLUTION), "causal_conv1d_fn", _convolution),
     Fallback(
-        # The second is what transformers called it while layers kept their functions.
-        ("causal_conv1d_update", "torch_causal_conv1d_update"),
+        ("causal_conv1d_update",),
         ("hidden_states", "conv_state", *_CONVOLUTION),
         "causal_conv1d_update",
         _convolution_step,
+    ),
+    Fallback(
+        ("torch_causal_conv1d_update",),
+        ("hidden_states", "conv_state", *_CONVOLUTION),
+        "causal_conv1d_update",
+        _silu_convolution_step,
     ),
 )
 FALLBACKS = {name: one for one in _KNOWN if one.operator in ops.__all__ for name in one.names}

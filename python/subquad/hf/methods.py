@@ -27,7 +27,7 @@ class Method:
 
     Attributes:
         name: What it is called.
-        parameters: The names of its parameters, apart from `self`.
+        signatures: The names of its parameters, apart from `self` and `**kwargs`, in one version of transformers and another.
         operator: The operator, of `subquad.ops`.
         compute: Computes a call, from the module and the arguments by name: what the method returns, or the reason why it has to
             compute the call itself.
@@ -35,14 +35,19 @@ class Method:
     """
 
     name: str
-    parameters: tuple[str, ...]
+    signatures: tuple[tuple[str, ...], ...]
     operator: str
     compute: Callable[..., Any]
     example: Callable[[Any], Mapping[str, Any]]
 
+    def parameters(self, cls: type) -> tuple[str, ...] | None:
+        """Returns the names of the parameters in a class, apart from `self` and `**kwargs`."""
+        names = parameter_names(getattr(cls, self.name))
+        return None if names is None else names[1:]
+
     def describes(self, module: torch.nn.Module) -> bool:
         """Whether the method of a module computes what is known here, which is tried out."""
-        if parameter_names(getattr(type(module), self.name)) != ("self", *self.parameters):
+        if self.parameters(type(module)) not in self.signatures:
             return False
         try:
             with torch.no_grad():
@@ -201,24 +206,30 @@ def _rg_lru_example(module: Any) -> dict[str, Any]:
 
 _MLSTM = ("query", "key", "value", "igate", "fgate")
 
+_LIGHTNING = ("hidden_states", "position_embeddings", "attention_mask")
+
 _KNOWN = {
     "MiniMaxLightningAttention": Method(
         "forward",
-        ("hidden_states", "position_embeddings", "attention_mask", "cache"),
+        (
+            (*_LIGHTNING, "cache"),
+            (*_LIGHTNING, "past_key_values"),
+            (*_LIGHTNING, "past_key_values", "cache_position"),
+        ),
         "chunk_simple_gla",
         _lightning,
         _lightning_example,
     ),
     "RecurrentGemmaRglru": Method(
         "_rnn_scan",
-        ("hidden_states", "recurrent_gate", "reset", "recurrent_states", "acc_dtype"),
+        (("hidden_states", "recurrent_gate", "reset", "recurrent_states", "acc_dtype"),),
         "fused_recurrent_hgrn",
         _rg_lru,
         _rg_lru_example,
     ),
     "xLSTMBackend": Method(
         "forward",
-        (*_MLSTM, "c_initial", "n_initial", "m_initial", "return_last_states", "mode"),
+        ((*_MLSTM, "c_initial", "n_initial", "m_initial", "return_last_states", "mode"),),
         "mlstm_chunkwise",
         _mlstm,
         _mlstm_example,

@@ -2,8 +2,8 @@
 
 transformers' layers look the functions they compute with up among the globals of their file when they run, so that
 a stand-in there reaches layers that exist already. It reaches those of all models of the file too: `forward` of the layers of
-a patched model, shadowed, notes that it runs, and a stand-in called from anywhere else is the original. Before (up to 5.15)
-layers kept the functions they found as attributes: there the stand-in takes the attribute's place.
+a patched model, shadowed, notes that it runs, and a stand-in called from anywhere else is the original. Older versions (4.57 to
+5.10 at least) kept the functions of the gated delta rule as attributes of layers: there the stand-in takes the attribute's place.
 
 Layers that compute a recurrence in a method of their own have that method shadowed.
 """
@@ -80,7 +80,7 @@ def _computing(name: str) -> Callable[..., Any]:
             tallies.compiled()
         elif tallies is not None:
             method = METHODS[type(self).__name__]
-            given = dict(zip(method.parameters, args, strict=False)) | kwargs
+            given = dict(zip(method.parameters(type(self)) or (), args, strict=False)) | kwargs
             result = method.compute(self, **given)
             if tallies.count(method.operator, f"{type(self).__name__}.{name}", result):
                 return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import lru_cache, reduce
 from inspect import Parameter, signature
 from typing import Any, TypeVar
 
@@ -41,6 +41,7 @@ class Running:
         return state
 
 
+@lru_cache(maxsize=256)
 def parameter_names(function: Any) -> tuple[str, ...] | None:
     """Returns the names of a function's parameters, apart from `**kwargs`; `None` where they are not known."""
     try:

@@ -242,7 +242,7 @@ def test_packed_sequences_are_the_originals_matter(name, model):
 
 
 class Bound(torch.nn.Module):
-    """Keeps its functions, as layers of transformers did up to 5.15."""
+    """Keeps its functions, as layers of older transformers did."""
 
     def __init__(self, width):
         super().__init__()
