@@ -93,6 +93,10 @@ def _lightning(
     cache = past_key_values if cache is None else cache
     state = None if cache is None else cache.get_linear_cache(module.layer_idx)
     reason = why_refused({}, hidden_states, module.qkv_proj.weight, state)
+    if attention_mask is not None and attention_mask.shape[1] != hidden_states.shape[1]:
+        # Older versions hand on the mask of all tokens so far, and read the first ones.
+        attention_mask = None if bool(attention_mask.all()) else attention_mask
+        reason = reason if attention_mask is None else reason or "a mask of other tokens"
     if reason is not None:
         return reason
     projected = module.act_fn(module.qkv_proj(hidden_states))
