@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from subquad import ops
-from subquad.hf.recurrent_arguments import parameter_names, rows, why_refused, wide
+from subquad.hf.recurrent_arguments import beside, parameter_names, rows, why_refused, wide
 
 # The parameters are named as transformers names them.
 # ruff: noqa: FBT001
@@ -109,7 +109,7 @@ def _lightning(
         query,
         key,
         value,
-        g_gamma=-module.slope_rate.flatten().to(torch.float32),
+        g_gamma=beside(-module.slope_rate.flatten(), query.dtype),
         scale=1.0,
         initial_state=state,
         output_final_state=True,

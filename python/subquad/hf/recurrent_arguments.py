@@ -65,7 +65,7 @@ def why_refused(others: Mapping[str, Any], *tensors: torch.Tensor | None) -> str
             return reason
         if one.numel() == 0:
             return "empty tensors"
-    if is_tracing(present[0]):
+    if any(map(is_tracing, present)):
         return "tracing"
     # Most of the functions refuse them.
     return "packed sequences" if any(others.get(name) is not None for name in _PACKED) else None

@@ -241,6 +241,22 @@ def test_packed_sequences_are_the_originals_matter(name, model):
     ]
 
 
+def test_gradients_of_one_parameter(model):
+    # Nothing but a parameter of one layer is watched by `torch.func`.
+    layer = _layer(model)
+    states = torch.randn(1, 5, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+
+    def loss(bias):
+        return torch.func.functional_call(layer, {"dt_bias": bias}, (states,)).square().sum()
+
+    model.requires_grad_(False)
+    bias = layer.dt_bias
+    expected = torch.func.grad(loss)(bias)
+    with subquad.hf.patch(model) as handle:
+        assert distance(torch.func.grad(loss)(bias), expected) < 1e-4
+        assert ("tracing", CHUNK) in [(one.reason, one.original) for one in handle.report().delegated]
+
+
 class Bound(torch.nn.Module):
     """Keeps its functions, as layers of older transformers did."""
 
