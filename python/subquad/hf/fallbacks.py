@@ -396,4 +396,4 @@ _KNOWN = (
         _silu_convolution_step,
     ),
 )
-FALLBACKS = {name: one for one in _KNOWN if one.operator in ops.__all__ for name in one.names}
+FALLBACKS = {name: one for one in _KNOWN for name in one.names}

@@ -212,7 +212,8 @@ _MLSTM = ("query", "key", "value", "igate", "fgate")
 
 _LIGHTNING = ("hidden_states", "position_embeddings", "attention_mask")
 
-_KNOWN = {
+# By the name of the class.
+METHODS = {
     "MiniMaxLightningAttention": Method(
         "forward",
         (
@@ -239,4 +240,3 @@ _KNOWN = {
         _mlstm_example,
     ),
 }
-METHODS = {name: one for name, one in _KNOWN.items() if one.operator in ops.__all__}

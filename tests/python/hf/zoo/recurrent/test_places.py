@@ -283,9 +283,9 @@ class Bound(torch.nn.Module):
 class BoundModel(PreTrainedModel):
     config_class = PreTrainedConfig
 
-    def __init__(self, config):
+    def __init__(self, config, layer=Bound):
         super().__init__(config)
-        self.layer = Bound(8)
+        self.layer = layer(8)
 
     def forward(self, states):
         return self.layer(states)
@@ -315,6 +315,39 @@ def test_functions_kept_by_layers():
         ("Bound", ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"))
     ]
     assert report.computed_recurrent == {CALLS: 2, "fused_recurrent_gated_delta_rule": 2}
+
+
+def torch_causal_conv1d_update(hidden_states, conv_state, weight, bias=None, activation=None):
+    """Has the name, the parameters and the habits of the function in older versions."""
+    states = torch.cat([conv_state, hidden_states], dim=-1)
+    conv_state.copy_(states[:, :, -conv_state.shape[-1] :])
+    output = torch.nn.functional.conv1d(states, weight[:, None], bias, groups=len(weight))
+    return torch.nn.functional.silu(output[:, :, -hidden_states.shape[-1] :])
+
+
+class BoundConvolution(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.causal_conv1d_update = torch_causal_conv1d_update
+        self.weight = torch.nn.Parameter(torch.randn(width, 4))
+
+    def forward(self, states):
+        past = torch.ones(len(states), states.shape[-1], 4)
+        output = self.causal_conv1d_update(states.transpose(1, 2), past, self.weight, None, activation=None)
+        return output.transpose(1, 2), past
+
+
+def test_convolution_that_takes_no_notice_of_its_activation():
+    torch.manual_seed(0)
+    model = BoundModel(PreTrainedConfig(), BoundConvolution)
+    states = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        expected = model(states)
+        with subquad.hf.patch(model) as handle:
+            actual = model(states)
+            assert handle.report().computed_recurrent == {"causal_conv1d_update": 1}
+    assert distance(actual[0], expected[0]) < 1e-5
+    assert torch.equal(actual[1], expected[1])
 
 
 def test_report(model):
