@@ -1,7 +1,7 @@
-"""Attention of HuggingFace models, computed by subquad.
+"""Attention and recurrent layers of HuggingFace models, computed by subquad.
 
 `patch(model)` registers subquad with transformers' `AttentionInterface` and its mask function with
-`AttentionMaskInterface`, and switches one model over::
+`AttentionMaskInterface`, puts stand-ins in the place of transformers' recurrent functions, and switches one model over::
 
     with subquad.hf.patch(model) as handle, torch.no_grad():
         model.generate(**inputs)
@@ -15,7 +15,7 @@ Importing this package patches nothing.
 
 from subquad.hf.growing_cache import GrowingCache
 from subquad.hf.patching import Patch, patch
-from subquad.hf.report import Chunked, Delegated, Latent, LeftAlone, Replaced, Report
+from subquad.hf.report import Chunked, Delegated, Latent, LeftAlone, Recurrent, Replaced, Report
 
 __all__ = [
     "Chunked",
@@ -24,6 +24,7 @@ __all__ = [
     "Latent",
     "LeftAlone",
     "Patch",
+    "Recurrent",
     "Replaced",
     "Report",
     "patch",

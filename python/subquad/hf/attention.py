@@ -10,10 +10,9 @@ from subquad.hf.delegate import Binding, Call, Original, binding_of, delegate, s
 from subquad.hf.eager_probe import SEMANTIC, computes_attention, extras_of
 from subquad.hf.mla import Latents, LatentStates, expanded, latents_to_read
 from subquad.hf.structured_mask import CallMask, StructuredMask
-from subquad.hf.tracing import PLAIN_TYPES, is_tracing
+from subquad.hf.tracing import PLAIN_TYPES, is_tracing, why_unreadable
 from subquad.ops.exact import attention
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 1024
 _RANK = 4
 _SCALINGS = (float, int, type(None))
@@ -80,15 +79,8 @@ def _refused_argument(call: Call, *, wants_weights: bool) -> str | None:
 def _refused_tensors(call: Call) -> str | None:
     extras = extras_of(call.kwargs)
     added = [one for one in (extras.sinks, extras.position_bias) if one is not None]
-    tensors = [call.query, call.key, call.value, *added]
-    for one in tensors:
-        if type(one) not in _TENSORS:
-            return f"tensors of type {type(one).__name__}"
-        if one.device.type != "cpu":
-            return f"device {one.device.type}"
-        if one.dtype not in _DTYPES:
-            return f"dtype {str(one.dtype).removeprefix('torch.')}"
-    return None
+    reasons = (why_unreadable(one, _TENSORS) for one in (call.query, call.key, call.value, *added))
+    return next(filter(None, reasons), None)
 
 
 def _refused_shapes(call: Call) -> str | None:

@@ -52,7 +52,7 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
             yield from _nested(constant)
 
 
-def _own_functions(cls: type) -> Iterator[FunctionType]:
+def own_functions(cls: type) -> Iterator[FunctionType]:
     """Yields the functions of a class and its bases, without those of every module and model."""
     shared = set(PreTrainedModel.__mro__)
     for base in cls.__mro__:
@@ -64,14 +64,15 @@ def _own_functions(cls: type) -> Iterator[FunctionType]:
                 yield function
 
 
-def _names(function: FunctionType) -> set[str]:
+def names_in(function: FunctionType) -> set[str]:
+    """Returns the names of globals and attributes that a function refers to."""
     return {name for code in _nested(function.__code__) for name in code.co_names}
 
 
 @lru_cache(maxsize=1024)
 def _seam_of(cls: type) -> Seam | None:
-    for function in _own_functions(cls):
-        names = _names(function)
+    for function in own_functions(cls):
+        names = names_in(function)
         if function.__name__ == "__init__" or _INTERFACE not in names:
             continue
         # The eager function is a global of the file that defines the method, which for inherited methods is
@@ -99,8 +100,8 @@ def asks_for_sdpa(module: torch.nn.Module) -> bool:
     """Whether the code of a module's class compares the name of the implementation with "sdpa"."""
     return any(
         "sdpa" in _literals(code)
-        for function in _own_functions(type(module))
-        if "_attn_implementation" in _names(function)
+        for function in own_functions(type(module))
+        if "_attn_implementation" in names_in(function)
         for code in _nested(function.__code__)
     )
 
@@ -108,8 +109,8 @@ def asks_for_sdpa(module: torch.nn.Module) -> bool:
 def extends_masks(module: torch.nn.Module) -> bool:
     """Whether the code that calls attention looks whether a mask is a tensor, as it does where it adds keys to it."""
     return find_seam(module) is not None and any(
-        {"isinstance", "Tensor"} <= _names(function) and "attention_mask" in function.__code__.co_varnames
-        for function in _own_functions(type(module))
+        {"isinstance", "Tensor"} <= names_in(function) and "attention_mask" in function.__code__.co_varnames
+        for function in own_functions(type(module))
     )
 
 

@@ -1,4 +1,4 @@
-"""`patch(model)`: switches a model's attention to subquad, and back."""
+"""`patch(model)`: switches a model's attention and recurrent layers to subquad, and back."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from subquad.hf.growing_cache import GenerateCaches, use_in_generate
 from subquad.hf.interface import asks_for_sdpa, bypassing_modules, extends_masks, find_seam, interface_modules
 from subquad.hf.masks import structured_mask
 from subquad.hf.mla import expand_again, is_latent, read_latents
+from subquad.hf.recurrent import RecurrentLayers, release_globals, use_recurrent
 from subquad.hf.report import Chunked, Coverage, Latent, LeftAlone, Replaced, Report, Tally, take_report
 from subquad.hf.row_chunks import RowChunks, use_row_chunks
 
@@ -68,8 +69,9 @@ def _count_left_alone(reasons: Sequence[tuple[torch.nn.Module, str]]) -> tuple[L
     return tuple(LeftAlone(name, count, reason) for (name, reason), count in counts.items())
 
 
-def _release(held: Sequence[Any], tally: Tally) -> None:
+def _release(held: Sequence[Any], tally: Tally, functions: list[tuple[int, str]]) -> None:
     with _lock:
+        release_globals(functions)
         for config in held:
             entry = registry.release(config, tally)
             if entry is not None:
@@ -90,6 +92,7 @@ class Patch:
         bound: Sequence[torch.nn.Module],
         caches: GenerateCaches,
         chunks: RowChunks | None,
+        layers: RecurrentLayers,
     ) -> None:
         """Records what `patch` has done."""
         # Otherwise a model that only the patch refers to would be gone, and with it the patch.
@@ -99,9 +102,10 @@ class Patch:
         self._bound = tuple(bound)
         self._caches = caches
         self._chunks = chunks
-        # Also restores the configuration, which other models may share, when the model is dropped without
-        # `undo`.
-        self._finalizer = weakref.finalize(model, _release, tuple(held), tally)
+        self._layers = layers
+        # Also restores what other models may share, the configuration and globals of transformers, when the model is
+        # dropped without `undo`.
+        self._finalizer = weakref.finalize(model, _release, tuple(held), tally, layers.globals)
         self._finalizer.atexit = False
 
     @property
@@ -123,6 +127,7 @@ class Patch:
             self._caches.undo()
             if self._chunks is not None:
                 self._chunks.undo()
+            self._layers.undo()
             self._finalizer()
             for module in self._bound:
                 binding = binding_of(module)
@@ -183,9 +188,9 @@ def _check_implementations(model: PreTrainedModel, modules: Sequence[torch.nn.Mo
 def _no_seam(model: PreTrainedModel, left_alone: Sequence[LeftAlone]) -> ValueError:
     listed = "".join(f"\n  left alone: {one.name} x{one.count}: {one.reason}" for one in left_alone)
     return ValueError(
-        f"{type(model).__name__}: no attention of this model goes through transformers' AttentionInterface: "
-        "nothing was patched. subquad.torch.override_sdpa() reaches models that call PyTorch's "
-        f"scaled_dot_product_attention themselves.{listed}"
+        f"{type(model).__name__}: no attention of this model goes through transformers' AttentionInterface, and no "
+        "layer calls a recurrent function that is known: nothing was patched. subquad.torch.override_sdpa() reaches "
+        f"models that call PyTorch's scaled_dot_product_attention themselves.{listed}"
     )
 
 
@@ -235,11 +240,62 @@ def _read_latents(modules: Sequence[torch.nn.Module]) -> tuple[Latent, ...]:
     return tuple(Latent(name, count, reason) for (name, reason), count in counts.items())
 
 
-def patch(model: PreTrainedModel, *, row_chunks: bool = True) -> Patch:
-    """Lets subquad compute the attention of a HuggingFace model.
+def _use_interface(
+    model: PreTrainedModel, tally: Tally, others: Sequence[torch.nn.Module]
+) -> tuple[list[Any], list[torch.nn.Module], Coverage]:
+    """Switches the attention of a model.
 
-    Works for every model that uses transformers' `AttentionInterface`. Other models are not affected, not
-    even of the same class. Calls that subquad does not implement are computed by the implementation the model
+    Args:
+        model: The model.
+        tally: Where calls are counted.
+        others: Modules that compute with subquad's operators anyway.
+
+    Returns:
+        The configurations and the modules that are switched, and what was found.
+
+    Raises:
+        ValueError: No attention uses the interface and there is nothing else, or its implementation is not known.
+    """
+    seams = interface_modules(model)
+    using = [module for module in seams if _has_implementation(getattr(module, "config", None))]
+    left = [
+        (module, "its class does not use AttentionInterface")
+        for module in bypassing_modules(model)
+        if not set(module.modules()).intersection(others)
+    ]
+    left += [(module, "it has no configuration") for module in set(seams).difference(using)]
+    if not (using or others):
+        raise _no_seam(model, _count_left_alone(left))
+    _check_implementations(model, using)
+    held = _switch(model, tally) if using else []
+    bound = _bind(using, tally)
+    replaced: Counter[tuple[str, str]] = Counter()
+    for module in using:
+        if module not in bound:
+            left.append((module, "transformers does not let its model set the implementation"))
+        elif (device := _device(module)) != "cpu":
+            left.append((module, f"on device {device}: calls are delegated to {bound[module]}"))
+        else:
+            replaced[type(module).__name__, bound[module]] += 1
+    left_alone = _count_left_alone(left)
+    if not (bound or others):
+        _release(held, tally, [])
+        raise _no_seam(model, left_alone)
+    coverage = Coverage(
+        model=type(model).__name__,
+        replaced=tuple(Replaced(name, count, original) for (name, original), count in replaced.items()),
+        left_alone=left_alone,
+        latent=_read_latents(list(bound)),
+    )
+    return held, list(bound), coverage
+
+
+def patch(model: PreTrainedModel, *, row_chunks: bool = True) -> Patch:
+    """Lets subquad compute the attention and the recurrent layers of a HuggingFace model.
+
+    Works for every model that uses transformers' `AttentionInterface`, and for those whose recurrent layers call a
+    function that `subquad.hf.fallbacks` lists: gated delta rules, Mamba, Mamba-2 and short convolutions. Other models
+    are not affected, not even of the same class. Calls that subquad does not implement are computed by the implementation the model
     had; the report says which and how many. Those are calls with `indices`, `block_indices` or a paged cache,
     with `output_attentions`, on other devices than the CPU, and within `torch.compile`; and those of models
     whose own attention computes something else. Gradients flow through what subquad computes. Dropout takes its
@@ -247,6 +303,9 @@ def patch(model: PreTrainedModel, *, row_chunks: bool = True) -> Patch:
 
     Multi-head latent attention (DeepSeek and others) reads its cache as it is, in calls of few queries, instead
     of expanding it to keys and values for every token.
+
+    Recurrent layers keep their caches. States of decoding are written in place, and Mamba-1 continues from a cached state with
+    several tokens too, where transformers starts from zeros.
 
     RMSNorms and MLPs run long inputs in chunks of some thousand tokens, so that their intermediate tensors stay in
     the processor's cache and take no memory: a token's result does not depend on other tokens, apart from
@@ -266,41 +325,28 @@ def patch(model: PreTrainedModel, *, row_chunks: bool = True) -> Patch:
 
     Raises:
         TypeError: `model` is no `transformers.PreTrainedModel`.
-        ValueError: No attention of the model uses the interface, or its present implementation is not
-            "eager", "sdpa" or "flex_attention".
+        ValueError: No attention of the model uses the interface and it has no recurrent layer that is known, or its
+            present implementation is not "eager", "sdpa" or "flex_attention".
     """
     model = _check_model(model)
     with _lock:
-        seams = interface_modules(model)
-        using = [module for module in seams if _has_implementation(getattr(module, "config", None))]
-        left = [(module, "its class does not use AttentionInterface") for module in bypassing_modules(model)]
-        left += [(module, "it has no configuration") for module in set(seams).difference(using)]
-        if not using:
-            raise _no_seam(model, _count_left_alone(left))
-        _check_implementations(model, using)
         tally = Tally()
-        held = _switch(model, tally)
-        bound = _bind(using, tally)
-        replaced: Counter[tuple[str, str]] = Counter()
-        for module in using:
-            if module not in bound:
-                left.append((module, "transformers does not let its model set the implementation"))
-            elif (device := _device(module)) != "cpu":
-                left.append((module, f"on device {device}: calls are delegated to {bound[module]}"))
-            else:
-                replaced[type(module).__name__, bound[module]] += 1
-        left_alone = _count_left_alone(left)
-        if not bound:
-            _release(held, tally)
-            raise _no_seam(model, left_alone)
+        layers = use_recurrent(model, tally)
+        try:
+            held, bound, coverage = _use_interface(model, tally, layers.modules)
+        except BaseException:
+            layers.undo()
+            raise
         caches = use_in_generate(model)
         chunks = use_row_chunks(model) if row_chunks else None
-        coverage = Coverage(
-            model=type(model).__name__,
-            replaced=tuple(Replaced(name, count, original) for (name, original), count in replaced.items()),
-            left_alone=left_alone,
+        shadowed = [(module, "something else has shadowed its method") for module in layers.shadowed]
+        coverage = replace(
+            coverage,
+            left_alone=coverage.left_alone + _count_left_alone(shadowed),
             cache=caches.reason,
-            latent=_read_latents(list(bound)),
+            recurrent=layers.coverage,
             chunked=() if chunks is None else tuple(Chunked(*one) for one in chunks.counts.items()),
         )
-        return Patch(model, coverage, tally, held=held, bound=list(bound), caches=caches, chunks=chunks)
+        return Patch(
+            model, coverage, tally, held=held, bound=bound, caches=caches, chunks=chunks, layers=layers
+        )

@@ -67,6 +67,24 @@ class Chunked:
 
 
 @dataclass(frozen=True)
+class Recurrent:
+    """Recurrent layers, whose functions subquad's operators stand in for.
+
+    Attributes:
+        name: Class name.
+        count: How many modules of this class.
+        operators: The operators, of `subquad.ops`.
+        continues: Whether several tokens continue from a cached state, where transformers' function starts from
+            zeros.
+    """
+
+    name: str
+    count: int
+    operators: tuple[str, ...]
+    continues: bool
+
+
+@dataclass(frozen=True)
 class Coverage:
     """What a patch found in a model.
 
@@ -74,17 +92,19 @@ class Coverage:
         model: Class name of the model.
         replaced: Modules whose attention subquad computes.
         left_alone: Modules that stay as they were, and why.
-        cache: Why `generate` keeps the caches it had; `None` where it gets growing ones.
         latent: Modules of multi-head latent attention.
+        cache: Why `generate` keeps the caches it had; `None` where it gets growing ones.
+        recurrent: Recurrent layers that compute with subquad's operators.
         chunked: Modules that run long inputs in chunks of tokens.
     """
 
     model: str
     replaced: tuple[Replaced, ...]
     left_alone: tuple[LeftAlone, ...]
-    cache: str | None
     latent: tuple[Latent, ...]
-    chunked: tuple[Chunked, ...]
+    cache: str | None = None
+    recurrent: tuple[Recurrent, ...] = ()
+    chunked: tuple[Chunked, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,6 +130,7 @@ class Tally:
         computed: Calls that subquad computed.
         on_latents: Those of them that read the cache of multi-head latent attention as it is.
         dense: Those of them that read a mask of one entry for each query and key, by the mask's origin.
+        recurrent: Calls that operators computed for recurrent layers, by operator.
         delegated: Calls that the original computed, by reason and implementation.
         compiled: Whether `torch.compile` traced a call. Counting in traced code would recompile it each time.
     """
@@ -117,6 +138,7 @@ class Tally:
     computed: int = 0
     on_latents: int = 0
     dense: Counter[str] = field(default_factory=Counter)
+    recurrent: Counter[str] = field(default_factory=Counter)
     delegated: Counter[tuple[str, str]] = field(default_factory=Counter)
     compiled: bool = False
 
@@ -140,10 +162,12 @@ class Report:
         left_alone: Modules that stay as they were, and why.
         cache: Why `generate` keeps the caches it had; `None` where it gets growing ones.
         latent: Modules of multi-head latent attention.
+        recurrent: Recurrent layers that compute with subquad's operators.
         chunked: Modules that run long inputs in chunks of tokens.
-        computed: Calls that subquad computed.
+        computed: Calls of attention that subquad computed.
         on_latents: Those of them that read the cache of multi-head latent attention as it is.
         dense: Those of them that read a mask with one entry for each query and key, by the mask's origin.
+        computed_recurrent: Calls that operators computed for recurrent layers, by operator.
         delegated: Calls that the original implementation computed, by reason, most frequent first.
         compiled: Whether calls were compiled by `torch.compile`: the original computes those, and they are
             not counted.
@@ -155,10 +179,12 @@ class Report:
     left_alone: tuple[LeftAlone, ...]
     cache: str | None
     latent: tuple[Latent, ...]
+    recurrent: tuple[Recurrent, ...]
     chunked: tuple[Chunked, ...]
     computed: int
     on_latents: int
     dense: Mapping[str, int]
+    computed_recurrent: Mapping[str, int]
     delegated: tuple[Delegated, ...]
     compiled: bool
 
@@ -176,13 +202,24 @@ class Report:
                 else f"expanded at every call: {one.reason}"
             )
             lines.append(f"  latent caches: {one.name}{_times(one.count)}: {use}")
+        for layers in self.recurrent:
+            lines.append(f"  recurrent: {layers.name}{_times(layers.count)}: {', '.join(layers.operators)}")
+            if layers.continues:
+                lines.append(
+                    "    several tokens continue from the cached state; transformers starts from zeros"
+                )
         if self.chunked:
             names = ", ".join(f"{one.name}{_times(one.count)}" for one in self.chunked)
             lines.append(f"  long inputs in chunks: {names}")
-        lines.append(f"  computed by subquad: {_calls(self.computed)}")
+        lines.append(
+            f"  computed by subquad: {_calls(self.computed + sum(self.computed_recurrent.values()))}"
+        )
         if self.on_latents:
             lines.append(f"    on latent caches: {_calls(self.on_latents)}")
         lines += [f"    with a dense mask: {origin}: {_calls(calls)}" for origin, calls in self.dense.items()]
+        lines += [
+            f"    by {operator}: {_calls(calls)}" for operator, calls in self.computed_recurrent.items()
+        ]
         lines += [
             f"  {one.reason}: {_calls(one.calls)} delegated to {one.original}" for one in self.delegated
         ]
@@ -200,10 +237,12 @@ def take_report(coverage: Coverage, tally: Tally, *, active: bool) -> Report:
         left_alone=coverage.left_alone,
         cache=coverage.cache,
         latent=coverage.latent,
+        recurrent=coverage.recurrent,
         chunked=coverage.chunked,
         computed=tally.computed,
         on_latents=tally.on_latents,
         dense=dict(tally.dense.most_common()),
+        computed_recurrent=dict(tally.recurrent.most_common()),
         delegated=tuple(
             Delegated(reason, original, calls) for (reason, original), calls in tally.delegated.most_common()
         ),

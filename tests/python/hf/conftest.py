@@ -190,6 +190,8 @@ class Batch(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def _leaves_transformers_as_it_was() -> Iterator[None]:
+    from subquad.hf import stand_ins
+
     before = (dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping))
     assert "subquad" not in before[0]
     threads = torch.get_num_threads()
@@ -197,6 +199,7 @@ def _leaves_transformers_as_it_was() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     assert (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping) == before
+    assert stand_ins._places == {}
 
 
 @pytest.fixture

@@ -25,10 +25,12 @@ class Run:
     Attributes:
         compute: Runs a model.
         distance: Tells how far the second result is from the first, relative to the first.
+        whole: Gives what pieces have to give together, from a model that cannot continue from its cache.
     """
 
     compute: Callable[[PreTrainedModel], Any]
     distance: Callable[[Any, Any], float]
+    whole: Callable[[PreTrainedModel], Any] | None = None
 
 
 def _call(model: PreTrainedModel, inputs: Inputs) -> Any:
@@ -178,7 +180,10 @@ def _chunked(model: PreTrainedModel, inputs: Inputs, *, left: int = 0) -> Run:
             outputs.append(output.logits)
         return torch.cat(outputs, dim=1)
 
-    return Run(compute, lambda actual, expected: distance(actual, expected, mask))
+    def whole(one: PreTrainedModel) -> Any:
+        return _call(one, {"input_ids": ids, **({"attention_mask": mask} if left else {})}).logits
+
+    return Run(compute, lambda actual, expected: distance(actual, expected, mask), whole)
 
 
 def _chunked_padded(model: PreTrainedModel, inputs: Inputs) -> Run:

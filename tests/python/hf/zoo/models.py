@@ -12,6 +12,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from subquad.hf.interface import interface_modules
+from subquad.hf.recurrent import recurrent_modules
 
 from .catalogue import Entry
 from .sizes import tiny_config
@@ -46,7 +47,7 @@ def reason(error: BaseException) -> str:
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
-def _spread(model: torch.nn.Module) -> None:
+def spread(model: torch.nn.Module) -> None:
     """Gives a model weights that make attention matter.
 
     With the usual standard deviation of 0.02 attention is nearly uniform, gates of zero switch parts off, and
@@ -91,7 +92,7 @@ def build(entry: Entry) -> Pair:
         cls, config = _class(entry), tiny_config(entry.kind)
         with torch.device("meta"):
             outline = cls._from_config(copy.deepcopy(config))
-        if not interface_modules(outline):
+        if not (interface_modules(outline) or recurrent_modules(outline)):
             raise NotBuiltError(NO_SEAM)
         size = sum(one.numel() for one in outline.parameters())
         if size > _MAX_PARAMETERS:
@@ -102,6 +103,6 @@ def build(entry: Entry) -> Pair:
         raise
     except Exception as error:
         raise NotBuiltError(reason(error)) from error
-    _spread(eager)
+    spread(eager)
     default.load_state_dict(eager.state_dict())
     return Pair(eager, default)

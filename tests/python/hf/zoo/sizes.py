@@ -22,7 +22,7 @@ _MAX_LAYERS = 6
 _HEAD_COUNTS = (
     *("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "swa_num_attention_heads"),
     *("encoder_attention_heads", "decoder_attention_heads", "encoder_num_attention_heads"),
-    *("decoder_num_attention_heads", "linear_num_value_heads"),
+    *("decoder_num_attention_heads", "linear_num_value_heads", "linear_num_heads"),
 )
 _LAYER_COUNTS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "depth"),
@@ -59,7 +59,7 @@ _VALUES: dict[str, int] = {
     **dict.fromkeys(("num_key_value_heads", "linear_num_key_heads", "swa_num_key_value_heads"), 2),
     **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_chunk_size", "attention_window_size"), WINDOW),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "index_head_dim", "mamba_d_head", "mamba_d_state"), 16),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim", "hidden_size_per_layer_input"), 8),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
     **dict.fromkeys(("num_shared_experts", "moe_num_shared_experts", "decoder_sparse_step"), 1),

@@ -22,7 +22,8 @@ What `subquad.hf.patch` does for the models of transformers {version}, one class
 builds each model from its default configuration, made tiny (`tests/python/hf/zoo/sizes.py`) and with random weights, and runs it
 patched and, with the same weights, unpatched with eager attention, in float32. {built} models are built, of {all}.
 
-- **replaced**: modules whose attention subquad computes, with the implementation they had if it was not "sdpa".
+- **replaced**: modules whose attention subquad computes, with the implementation they had if it was not "sdpa", and recurrent
+  layers.
 - **delegated**: arguments for which calls went back to that implementation.
 - **dense**: origins of masks that were read as one entry for each query and key.
 - **left alone**: modules that look like attention but do not use `AttentionInterface`.
