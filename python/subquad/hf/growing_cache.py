@@ -13,7 +13,14 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from subquad.hf.growing_layers import GrowingLayer, can_grow, growing, unchanged_on_error
+from subquad.hf.growing_layers import (
+    GrowingLayer,
+    GrowingSlidingWindowLayer,
+    WindowStore,
+    can_grow,
+    growing,
+    unchanged_on_error,
+)
 
 _SEAM = "_prepare_cache_for_generation"
 # Transformers renamed it.
@@ -100,6 +107,10 @@ class GrowingCache(DynamicCache):
 
     def _grow_layers(self) -> None:
         self.layers = [growing(layer) for layer in self.layers]
+        windows = [layer for layer in self.layers if isinstance(layer, GrowingSlidingWindowLayer)]
+        store = WindowStore(2 * len(windows))
+        for layer in windows:
+            layer.store = store
         if self.layer_class_to_replicate is DynamicLayer:
             self.layer_class_to_replicate = GrowingLayer
 

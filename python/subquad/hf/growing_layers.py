@@ -103,6 +103,32 @@ def _shared_buffers(
     return rows[..., :width], rows[..., width:]
 
 
+class WindowStore:
+    """Memory for what the layers with a window keep of a prompt, from one allocation.
+
+    Each layer makes large tensors of a prompt and keeps a small part of them. Allocated one by one, the small parts would lie
+    between the large ones: what is free then has no room for those of the next layer, so that the process grows by them with
+    every layer.
+    """
+
+    def __init__(self, places: int) -> None:
+        """Plans memory for so many tensors."""
+        self._places = places
+        self._free: list[torch.Tensor] = []
+
+    def like(self, kept: torch.Tensor) -> torch.Tensor:
+        """Returns a tensor of this shape and dtype, contiguous and not filled."""
+        if not self._free and self._places:
+            self._free = list(kept.new_empty((self._places, *kept.shape)))
+            self._places = 0
+        wanted = (kept.shape, kept.dtype, kept.device, torch.is_inference_mode_enabled())
+        if self._free:
+            place = self._free[-1]
+            if (place.shape, place.dtype, place.device, place.is_inference()) == wanted:
+                return self._free.pop()
+        return kept.new_empty(kept.shape)
+
+
 class _Span:
     """Keys, or values: the used part of a buffer `[B, H, capacity, D]`, or a tensor without a buffer.
 
@@ -179,15 +205,17 @@ class _Span:
         self.used = buffer.narrow(2, self._start, length + added)
         return self.used
 
-    def pass_through(self, states: torch.Tensor, count: int) -> torch.Tensor:
+    def pass_through(self, states: torch.Tensor, count: int, store: WindowStore) -> torch.Tensor:
         """Appends tokens, keeps a copy of the last `count` without a buffer and returns all there were.
 
         Args:
             states: `[B, H, added, D]`; `accepts` must hold.
             count: Tokens to keep, at least 1.
+            store: Where memory for them comes from.
         """
         whole = torch.cat([self._stored(), states], dim=2) if self._length() else states
-        self.used = whole[:, :, -count:].clone(memory_format=torch.contiguous_format)
+        kept = whole[:, :, -count:]
+        self.used = store.like(kept).copy_(kept)
         self.buffer, self._start = None, 0
         return whole
 
@@ -357,6 +385,7 @@ class _GrowingStates:
         state = vars(self).copy()
         state["keys"] = state.pop("_keys").compact()
         state["values"] = state.pop("_values").compact()
+        state.pop("store", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -419,6 +448,9 @@ class GrowingSlidingWindowLayer(_GrowingStates, DynamicSlidingWindowLayer):  # t
     it was.
     """
 
+    # Of a layer by itself; that of a cache is its layers' in common.
+    store = WindowStore(0)
+
     @unchanged_on_error(lambda layer: (layer,))
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -445,7 +477,10 @@ class GrowingSlidingWindowLayer(_GrowingStates, DynamicSlidingWindowLayer):  # t
             return updated
         self.cumulative_length += added
         if added > slack and not records:
-            return self._keys.pass_through(key_states, kept), self._values.pass_through(value_states, kept)
+            return (
+                self._keys.pass_through(key_states, kept, self.store),
+                self._values.pass_through(value_states, kept, self.store),
+            )
         room = None if records else slack
         keys, values = self._append(key_states, value_states, room=room)
         if records:
