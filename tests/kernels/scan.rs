@@ -237,9 +237,14 @@ fn states_that_fade_to_nothing_stay_there() {
     let mut case = Case::<f32>::new(shape(1, 16, 1, 4, 1000), PLAIN, 3.0);
     case.u.fill(0.0);
     let (out, last, _) = case.run(|args, out| selective(args, out, Level::detected(), 1));
-    assert!(out.iter().chain(&last).all(|&x| x == 0.0 || x.is_normal()), "denormals");
     assert!(last.iter().all(|&x| x == 0.0));
-    assert!(out.iter().any(|&x| x != 0.0));
+    for row in out.chunks(1000) {
+        assert!(row[0] != 0.0);
+        // What takes hundreds of cycles is over with the chunk that it begins in.
+        let mut slow = row.iter().enumerate().filter(|(_, x)| x.is_subnormal()).map(|(t, _)| t / CHUNK);
+        let first = slow.next();
+        assert!(slow.all(|chunk| Some(chunk) == first));
+    }
 }
 
 /// Gradients of `sum(weights * out) + sum(other * last)`, by name.
