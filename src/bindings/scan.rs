@@ -201,7 +201,6 @@ where
 
 /// One step of a state space, the states in place; documented in `subquad.ops.selective_scan`.
 #[pyfunction]
-#[expect(clippy::too_many_arguments, reason = "the operator's arguments")]
 #[expect(non_snake_case, reason = "the operator's names")]
 pub fn selective_state_update<'py>(
     state: &Bound<'py, PyAny>,
@@ -352,7 +351,7 @@ where
 
 /// Gradients of a call of `linear_scan`, in the order of `wrt`.
 #[pyfunction]
-#[expect(clippy::too_many_arguments, reason = "the operator's arguments")]
+#[expect(clippy::too_many_arguments, clippy::needless_pass_by_value, reason = "the operator's arguments")]
 pub fn linear_scan_backward<'py>(
     d_out: &Bound<'py, PyAny>,
     d_final_state: Option<&Bound<'py, PyAny>>,

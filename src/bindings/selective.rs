@@ -266,6 +266,9 @@ struct Results<'py> {
     checkpoints: Array<'py>,
 }
 
+/// Gradients that are sums, and rounded at the end.
+const SUMS: [&str; 6] = ["A", "B", "C", "D", "delta_bias", "initial_state"];
+
 fn run_backward<T: SimdElement>(
     py: Python<'_>,
     call: &Call<'_>,
@@ -286,8 +289,6 @@ where
     let of_inputs =
         |name: &str| found(name).map(|array| Ok::<_, Error>((array.memory.slice_mut::<T>(array.arg)?, four(array)))).transpose();
     let (u, delta, z) = (of_inputs("u")?, of_inputs("delta")?, of_inputs("z")?);
-    // Sums, which are rounded at the end.
-    const SUMS: [&str; 6] = ["A", "B", "C", "D", "delta_bias", "initial_state"];
     let mut sums = SUMS.map(|name| found(name).map(|array| vec![T::Acc::ZERO; array.shape().iter().product()]));
     let (level, threads) = (runtime::level()?, runtime::threads(py)?);
     enter::enter(py, || {
@@ -307,7 +308,7 @@ where
 /// Gradients of a call of `selective_scan`, in the order of `wrt`.
 #[pyfunction]
 #[pyo3(name = "selective_scan_backward")]
-#[expect(clippy::too_many_arguments, reason = "the operator's arguments")]
+#[expect(clippy::too_many_arguments, clippy::needless_pass_by_value, reason = "the operator's arguments")]
 #[expect(non_snake_case, reason = "the operator's names")]
 pub fn selective_scan_backward<'py>(
     d_out: &Bound<'py, PyAny>,

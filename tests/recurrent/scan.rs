@@ -58,6 +58,8 @@ where
         let mut stream = Stream(7);
         let inputs = batch * channels * steps;
         let factors = batch * groups * states * steps;
+        // Without softplus, sizes of steps are below 0 as often as above it.
+        let decay = if kind.softplus { decay } else { 0.02 * decay };
         Self {
             u: stream.fill(inputs, 1.0),
             delta: stream.fill(inputs, 1.0),
@@ -202,7 +204,7 @@ fn every_option_in_half_precision() {
 
 #[test]
 fn strong_and_weak_decays() {
-    for decay in [1e-6, 30.0, 300.0] {
+    for decay in [1e-6, 30.0, 1000.0] {
         for kind in [PLAIN, Kind { softplus: false, ..PLAIN }] {
             let mut case = Case::<f32>::new(shape(1, 20, 1, 8, 200), kind, decay);
             // Sizes of steps below 0 make strong decays grow beyond all bounds.
@@ -218,9 +220,14 @@ fn states_that_fade_to_nothing_stay_there() {
     let mut case = Case::<f32>::new(shape(1, 16, 1, 4, 1000), PLAIN, 3.0);
     case.u.fill(0.0);
     let (out, last, _) = case.run(|args, out| selective(args, out, Level::detected(), 1));
-    assert!(out.iter().chain(&last).all(|&x| x == 0.0 || x.is_normal()), "denormals");
     assert!(last.iter().all(|&x| x == 0.0));
-    assert!(out.iter().any(|&x| x != 0.0));
+    for row in out.chunks(1000) {
+        assert!(row[0] != 0.0);
+        // What takes hundreds of cycles is over with the chunk that it begins in.
+        let mut slow = row.iter().enumerate().filter(|(_, x)| x.is_subnormal()).map(|(t, _)| t / CHUNK);
+        let first = slow.next();
+        assert!(slow.all(|chunk| Some(chunk) == first));
+    }
 }
 
 /// Gradients of `sum(weights * out) + sum(other * last)`, by name.

@@ -116,8 +116,8 @@ def selective_state_update(
         The outputs, as `x`.
 
     Raises:
-        ValueError: for shapes that do not fit, states that cannot be written or share memory, indices that are out of range or given
-            twice, arrays on other devices.
+        ValueError: for shapes that do not fit, states that cannot be written or share memory, indices that are out of range or
+            given twice, arrays on other devices.
         TypeError: for dtypes that are not supported or differ, objects that are no arrays, mixed libraries.
         NotImplementedError: for tensors that require gradients.
     """

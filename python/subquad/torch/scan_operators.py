@@ -29,10 +29,8 @@ def _fake_selective_scan(tensors: Sequence[Any], _options: Options) -> Any:
 def _selective_scan_backward(tensors: Sequence[Any], options: Options) -> Any:
     d_out, d_last_state, checkpoints, u, delta, a, b, c = tensors
     d_out = torch.zeros_like(u) if d_out is None else d_out
-    return list(
-        _native.selective_scan_backward(
-            d_out, d_last_state, checkpoints, u, delta, a, b, c, options["wrt"], options
-        )
+    return _native.selective_scan_backward(
+        d_out, d_last_state, checkpoints, u, delta, a, b, c, options["wrt"], options
     )
 
 
@@ -97,7 +95,7 @@ def _fake_linear_scan(tensors: Sequence[Any], options: Options) -> Any:
 
 def _linear_scan_backward(tensors: Sequence[Any], options: Options) -> Any:
     d_out, d_final_state, out, g = tensors
-    found = _native.linear_scan_backward(
+    return _native.linear_scan_backward(
         torch.zeros_like(out) if d_out is None else d_out,
         d_final_state,
         out,
@@ -107,7 +105,6 @@ def _linear_scan_backward(tensors: Sequence[Any], options: Options) -> Any:
         options["log_gates"],
         options["wrt"],
     )
-    return list(found)
 
 
 def _fake_linear_scan_backward(tensors: Sequence[Any], options: Options) -> Any:

@@ -36,7 +36,6 @@ impl Order {
 pub struct Plane<'a, T> {
     data: &'a [T],
     order: Order,
-    shape: [usize; 4],
     strides: [usize; 4],
 }
 
@@ -58,7 +57,7 @@ impl<'a, T> Plane<'a, T> {
         if extent(arg, &shape, &strides)? > data.len() {
             return Err(wrong(format!("at most {} elements", data.len())));
         }
-        Ok(Self { data, order, shape, strides })
+        Ok(Self { data, order, strides })
     }
 
     /// Views `data` as a contiguous array.
