@@ -13,16 +13,18 @@ from typing import Any, TypeVar
 from subquad.cli.bench.backward_shape import BackwardShape
 from subquad.cli.bench.decode_shape import DecodeShape
 from subquad.cli.bench.mask_shape import MaskShape
-from subquad.cli.bench.shapes import ExactShape, LatencyShape, MemoryShape, Shape
+from subquad.cli.bench.recurrent_shape import RecurrentShape
+from subquad.cli.bench.shapes import ExactShape, LatencyShape, MemoryShape, NamedShape
 from subquad.cli.errors import UserError
 
 DEFAULT_PATH = Path(__file__).with_name("named_shapes")
-AnyShape = TypeVar("AnyShape", bound=Shape)
-TABLES: dict[str, type[Shape]] = {
+AnyShape = TypeVar("AnyShape", bound=NamedShape)
+TABLES: dict[str, type[NamedShape]] = {
     "exact": ExactShape,
     "decode": DecodeShape,
     "masks": MaskShape,
     "backward": BackwardShape,
+    "recurrent": RecurrentShape,
     "latency": LatencyShape,
     "memory": MemoryShape,
 }
