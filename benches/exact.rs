@@ -1,4 +1,4 @@
-//! Exact attention on the shapes of `shapes.toml`, to compare two builds of the kernels:
+//! Exact attention on the shapes of `shapes/exact.toml`, to compare two builds of the kernels:
 //!
 //! ```text
 //! cargo bench --bench exact -- --save-baseline before causal-1024
@@ -183,8 +183,8 @@ fn bench<T: SimdElement>(criterion: &mut Criterion, shape: &Shape, level: Level,
 }
 
 fn main() {
-    let list = include_str!("shapes.toml");
-    let shapes: Shapes = toml::from_str(list).unwrap_or_else(|error| panic!("benches/shapes.toml: {error}"));
+    let list = include_str!("shapes/exact.toml");
+    let shapes: Shapes = toml::from_str(list).unwrap_or_else(|error| panic!("benches/shapes/exact.toml: {error}"));
     let level = Level::current().unwrap_or_else(|name| panic!("SUBQUAD_ISA: no level is called {name}"));
     // As criterion decides: `cargo bench` passes `--bench`, `cargo test` does not.
     let quick = std::env::args().any(|arg| arg == "--test") || !std::env::args().any(|arg| arg == "--bench");
@@ -198,7 +198,7 @@ fn main() {
                 "float64" => bench::<f64>(&mut criterion, shape, level, threads, 1e-13),
                 "float16" => bench::<f16>(&mut criterion, shape, level, threads, 1e-3),
                 "bfloat16" => bench::<bf16>(&mut criterion, shape, level, threads, 1e-2),
-                other => panic!("benches/shapes.toml: {} has the unknown dtype {other}", shape.name),
+                other => panic!("benches/shapes/exact.toml: {} has the unknown dtype {other}", shape.name),
             }
         }
     }

@@ -31,7 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--filter", default="*", metavar="GLOB", help="only shapes whose NAME or NAME/DTYPE matches"
     )
     parser.add_argument(
-        "--shapes", type=Path, default=DEFAULT_PATH, metavar="PATH", help="another file of named shapes"
+        "--shapes",
+        type=Path,
+        default=DEFAULT_PATH,
+        metavar="PATH",
+        help="another file of named shapes, or a directory with one for each benchmark",
     )
     parser.add_argument("--list", action="store_true", help="list the shapes that would be run, and run none")
     parser.add_argument(

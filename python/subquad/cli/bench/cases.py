@@ -5,9 +5,9 @@ from typing import TypeVar
 
 from subquad.cli.bench import tensors
 from subquad.cli.bench.outcome import Outcome, Settings
-from subquad.cli.bench.shapes import Shape
+from subquad.cli.bench.shapes import NamedShape
 
-AnyShape = TypeVar("AnyShape", bound=Shape)
+AnyShape = TypeVar("AnyShape", bound=NamedShape)
 
 
 def possible_cases(

@@ -1,21 +1,16 @@
 """The calls that decoding is timed by, over as many caches as do not fit the processor's."""
 
 from collections.abc import Callable, Sequence
-from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 import subquad
-from subquad.cli.bench import contenders, tensors
+from subquad.cli.bench import contenders, tensors, turns
 from subquad.cli.bench.decode_shape import DecodeShape
 from subquad.cli.bench.tensors import Inputs
 
-# Calls take turns on as many copies of the cache as reach this together: one that is read again and again
-# would stay in the last-level cache, which a decoder's does not, with the weights read in between.
-_WORKING_SET = 128 << 20
-_MAX_COPIES = 32
 _SEED = 20_240_502
 
 
@@ -33,15 +28,6 @@ class DecodeCalls(NamedTuple):
     ours: Callable[[], Any]
     theirs: Callable[[], Any] | None
     memory: Sequence[Any]
-
-
-def _in_turn(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
-    turn = cycle(calls)
-
-    def call() -> Any:
-        return next(turn)()
-
-    return call
 
 
 def _pages(shape: DecodeShape) -> int:
@@ -82,7 +68,7 @@ def _ours(
     def bind(k_cache: Any, v_cache: Any) -> Callable[[], Any]:
         return lambda: subquad.attention_with_kvcache(inputs.q, k_cache, v_cache, **options)
 
-    return _in_turn([bind(*cache) for cache in caches])
+    return turns.in_turn([bind(*cache) for cache in caches])
 
 
 def _theirs(
@@ -93,7 +79,7 @@ def _theirs(
     # Caches whose memory is [B, Hkv, S, D] are what torch wants, and are not copied.
     pairs = [contenders.sdpa_calls(shape, Inputs(inputs.q, *cache)) for cache in caches]
     calls = [pair[1] for pair in pairs if pair is not None]
-    return _in_turn(calls) if calls else None
+    return turns.in_turn(calls) if calls else None
 
 
 def make(shape: DecodeShape, dtype: str, *, use_torch: bool) -> DecodeCalls:
@@ -105,7 +91,7 @@ def make(shape: DecodeShape, dtype: str, *, use_torch: bool) -> DecodeCalls:
         use_torch: Whether they are on torch tensors, and torch is a contender.
     """
     inputs = tensors.make_inputs(shape, dtype, use_torch=use_torch)
-    copies = 1 if shape.hot else min(-(-_WORKING_SET // shape.read_bytes(dtype)), _MAX_COPIES)
+    copies = 1 if shape.hot else turns.copies(shape.read_bytes(dtype))
     pages = shape.batch * _pages(shape)
     order = np.random.default_rng(_SEED).permutation(pages) if pages else None
     caches = [(_lay_out(shape, inputs.k, order), _lay_out(shape, inputs.v, order)) for _ in range(copies)]

@@ -2,13 +2,15 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 
 import subquad
-from subquad.cli.bench import backward_calls, gradient_check, tensors, verify
+from subquad.cli.bench import backward_calls, contenders, gradient_check, recurrent_calls, tensors, verify
 from subquad.cli.bench.backward_shape import BackwardShape
 from subquad.cli.bench.memory_process import Memory
+from subquad.cli.bench.recurrent_shape import RecurrentShape
 from subquad.cli.bench.shape_file import build
 from subquad.cli.bench.shapes import ITEM_BYTES, MemoryShape
 from subquad.cli.bench.tensors import Inputs
@@ -50,12 +52,29 @@ def _backward(shape: BackwardShape, dtype: str, threads: int) -> Memory:
     return Memory(max(peak.bytes - size, 0), peak.method, failure)
 
 
+def _recurrent(shape: RecurrentShape, dtype: str, threads: int) -> Memory:
+    """Measures a recurrent operator, which allocates its results; their size is taken off the peak, as for `_backward`."""
+    shape, use_torch = replace(shape, torch_floor={}), shape.form == "training"
+    contenders.set_threads(threads, use_torch=use_torch)
+    recurrent_calls.make(replace(shape, tokens=(1,)), dtype, use_torch=use_torch).once()
+    calls = recurrent_calls.make(shape, dtype, use_torch=use_torch)
+    with peak_memory() as peak:
+        results = calls.once()
+    failure = calls.checked(dtype, results, None).failure
+    if peak.bytes is None:
+        return Memory(None, peak.method, failure)
+    size = sum(each.nbytes for each in results.named().values())
+    return Memory(max(peak.bytes - size, 0), peak.method, failure)
+
+
 def main() -> None:
     """Makes the inputs, measures one call, checks its result."""
     request = json.load(sys.stdin)
     dtype, threads = request["dtype"], request["threads"]
     if request["table"] == "backward":
         memory = _backward(build(BackwardShape, request["shape"]), dtype, threads)
+    elif request["table"] == "recurrent":
+        memory = _recurrent(build(RecurrentShape, request["shape"]), dtype, threads)
     else:
         memory = _forward(build(MemoryShape, request["shape"]), dtype, threads)
     json.dump(memory._asdict(), sys.stdout)

@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict
 from typing import NamedTuple
 
-from subquad.cli.bench.shapes import Shape
+from subquad.cli.bench.shapes import NamedShape
 
 _CHILD = "subquad.cli.bench.memory_child"
 
@@ -30,7 +30,7 @@ class Memory(NamedTuple):
     failure: str
 
 
-def measure(table: str, shape: Shape, dtype: str, threads: int) -> Memory:
+def measure(table: str, shape: NamedShape, dtype: str, threads: int) -> Memory:
     """Measures the calls of a shape, on NumPy arrays.
 
     Args:

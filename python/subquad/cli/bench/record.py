@@ -21,6 +21,7 @@ FIELDS = (
     "profile",
     "level",
     "torch",
+    "transformers",
     "bench",
     "shape",
     "dtype",
@@ -39,6 +40,8 @@ FIELDS = (
     "limit",
     "method",
     "peak_read",
+    "useful_bytes",
+    "peak_bytes",
     "torch_floor",
     "against",
     "against_ratio",
@@ -56,6 +59,7 @@ def _context() -> dict[str, Any]:
         "profile": config["profile"],
         "level": config["level"],
         "torch": installed_version("torch"),
+        "transformers": installed_version("transformers"),
     }
 
 

@@ -33,6 +33,11 @@ _ROWS = (
         "forward and backward, share of the peak, ratio to torch, and memory",
         "subquad.cli.bench.backward",
     ),
+    Bench(
+        "recurrent",
+        "linear attention, delta rules, state spaces, beside transformers' fallbacks",
+        "subquad.cli.bench.recurrent",
+    ),
     Bench("latency", "overhead of the smallest call", "subquad.cli.bench.latency"),
     Bench("memory", "memory beyond inputs and outputs of a long call", "subquad.cli.bench.memory"),
 )

@@ -1,4 +1,8 @@
-"""Reading `shapes.toml`, and selecting from it."""
+"""Reading files of named shapes, and selecting from them.
+
+The package has one file for each benchmark, in `named_shapes` (`benches/shapes` is a link to it, which must lie inside the Python
+package to be part of the wheel). They are read by `subquad bench` and by every other benchmark of the project.
+"""
 
 import sys
 from dataclasses import MISSING, fields
@@ -9,16 +13,18 @@ from typing import Any, TypeVar
 from subquad.cli.bench.backward_shape import BackwardShape
 from subquad.cli.bench.decode_shape import DecodeShape
 from subquad.cli.bench.mask_shape import MaskShape
-from subquad.cli.bench.shapes import ExactShape, LatencyShape, MemoryShape, Shape
+from subquad.cli.bench.recurrent_shape import RecurrentShape
+from subquad.cli.bench.shapes import ExactShape, LatencyShape, MemoryShape, NamedShape
 from subquad.cli.errors import UserError
 
-DEFAULT_PATH = Path(__file__).with_name("shapes.toml")
-AnyShape = TypeVar("AnyShape", bound=Shape)
-TABLES: dict[str, type[Shape]] = {
+DEFAULT_PATH = Path(__file__).with_name("named_shapes")
+AnyShape = TypeVar("AnyShape", bound=NamedShape)
+TABLES: dict[str, type[NamedShape]] = {
     "exact": ExactShape,
     "decode": DecodeShape,
     "masks": MaskShape,
     "backward": BackwardShape,
+    "recurrent": RecurrentShape,
     "latency": LatencyShape,
     "memory": MemoryShape,
 }
@@ -67,12 +73,12 @@ def build(kind: type[AnyShape], entry: dict[str, Any]) -> AnyShape:
 
 
 def load(table: str, kind: type[AnyShape], path: Path = DEFAULT_PATH) -> tuple[AnyShape, ...]:
-    """Reads one table of a file of shapes.
+    """Reads one table of shapes.
 
     Args:
         table: Its name.
         kind: The class of its entries.
-        path: The file; by default the one of this package.
+        path: The file that has it, or a directory with a file `<table>.toml`; by default the one of this package.
 
     Returns:
         The shapes in the file's order.
@@ -80,6 +86,8 @@ def load(table: str, kind: type[AnyShape], path: Path = DEFAULT_PATH) -> tuple[A
     Raises:
         UserError: The file cannot be read, or an entry is wrong (the message says which and why).
     """
+    if path.is_dir():
+        path /= f"{table}.toml"
     document = _parse(path)
     if unknown := set(document) - set(TABLES):
         raise UserError(f"{path}: unknown table {', '.join(sorted(unknown))}")

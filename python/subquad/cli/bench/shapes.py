@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from subquad.cli.arguments import MAX_THREADS
 
@@ -57,6 +57,39 @@ def check_torch_floor(floor: Any, dtypes: tuple[str, ...]) -> None:
         check_limit("torch_floor", ratio)
 
 
+def check_case(name: Any, dtypes: Any, threads: Any) -> None:
+    """Raises `ValueError` unless these can be the name, the element types and the thread counts of a shape."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name must be text, got {name!r}")
+    _check_list("dtypes", dtypes, lambda dtype: dtype in DTYPES, f"some of {', '.join(DTYPES)}")
+    if not dtypes:
+        raise ValueError("dtypes must not be empty")
+    _check_list(
+        "threads",
+        threads,
+        lambda count: type(count) is int and 1 <= count <= MAX_THREADS,
+        f"whole numbers from 1 to {MAX_THREADS}",
+    )
+
+
+class NamedShape(Protocol):
+    """What all shapes have, whatever they are of: a dataclass with a name, element types and thread counts."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """Unique in its table."""
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Element types to run it in."""
+
+    @property
+    def threads(self) -> tuple[int, ...]:
+        """Thread counts to compare; empty for the one that the command was told."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """One call of attention.
@@ -93,8 +126,7 @@ class Shape:
         Raises:
             ValueError: A size is wrong.
         """
-        if not isinstance(self.name, str) or not self.name:
-            raise ValueError(f"name must be text, got {self.name!r}")
+        check_case(self.name, self.dtypes, self.threads)
         for name, default in (("kv_heads", "heads"), ("keys", "queries"), ("head_dim_v", "head_dim")):
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, getattr(self, default))
@@ -103,15 +135,6 @@ class Shape:
         if self.heads % self.kv_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         check_flag("causal", self.causal)
-        _check_list("dtypes", self.dtypes, lambda dtype: dtype in DTYPES, f"some of {', '.join(DTYPES)}")
-        if not self.dtypes:
-            raise ValueError("dtypes must not be empty")
-        _check_list(
-            "threads",
-            self.threads,
-            lambda count: type(count) is int and 1 <= count <= MAX_THREADS,
-            f"whole numbers from 1 to {MAX_THREADS}",
-        )
 
     def options(self, heads: slice = _ALL) -> dict[str, Any]:
         """Returns the keyword arguments that the call has beside its inputs, for all heads or some.

@@ -1,6 +1,6 @@
 """Inputs of the benchmarks, as torch tensors or NumPy arrays, and conversion to float64 for checking."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -39,30 +39,34 @@ def numpy_dtype(name: str) -> np.dtype[Any] | None:
     return bfloat16
 
 
+def rounded(array: npt.NDArray[Any], dtype: str, *, use_torch: bool) -> Any:
+    """Returns an array, in the order of its memory, as one of another element type.
+
+    Args:
+        array: Its numbers.
+        dtype: The name of that type.
+        use_torch: Whether it is a torch tensor rather than a NumPy array.
+
+    Raises:
+        ValueError: NumPy has no such dtype here.
+    """
+    if use_torch:
+        import torch
+
+        return torch.from_numpy(array).to(getattr(torch, dtype))
+    target = numpy_dtype(dtype)
+    if target is None:
+        raise ValueError("bfloat16 in NumPy needs ml_dtypes")
+    return array.astype(target, copy=False)
+
+
 def _standard_normal(
     sizes: Iterable[tuple[int, ...]], seed: int, dtype: str, *, use_torch: bool
 ) -> Iterable[Any]:
     generator = np.random.default_rng(seed)
     kind = np.float64 if dtype == "float64" else np.float32
-    arrays = (generator.standard_normal(size, dtype=kind) for size in sizes)
-    convert: Callable[[npt.NDArray[Any]], Any]
-    if use_torch:
-        import torch
-
-        target = getattr(torch, dtype)
-
-        def convert(array: npt.NDArray[Any]) -> Any:
-            return torch.from_numpy(array).to(target)
-
-    else:
-        rounded = numpy_dtype(dtype)
-        if rounded is None:
-            raise ValueError("bfloat16 in NumPy needs ml_dtypes")
-
-        def convert(array: npt.NDArray[Any]) -> Any:
-            return array.astype(rounded, copy=False)
-
-    return map(convert, arrays)
+    for size in sizes:
+        yield rounded(generator.standard_normal(size, dtype=kind), dtype, use_torch=use_torch)
 
 
 def make_inputs(shape: Shape, dtype: str, *, use_torch: bool) -> Inputs:

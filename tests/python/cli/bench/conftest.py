@@ -103,6 +103,42 @@ dtypes = ["float32"]
 limit_ratio = 1e6
 limit_mib_per_thread = 100
 
+[[recurrent]]
+name = "delta"
+operator = "gated_delta_rule"
+sizes = { B = 2, H = 2, K = 8, V = 6 }
+tokens = 70
+dtypes = ["float32", "bfloat16"]
+torch_floor = { float32 = 1e-6 }
+
+[[recurrent]]
+name = "lengths"
+operator = "retention"
+sizes = { H = 2, K = 8, V = 6 }
+tokens = [40, 20]
+threads = [1, 2]
+dtypes = ["float32"]
+against = "lengths"
+limit_ratio = 1e6
+limit_mib_per_thread = 100
+
+[[recurrent]]
+name = "one more"
+operator = "kda"
+sizes = { H = 2, K = 8, V = 6 }
+form = "step"
+dtypes = ["float32"]
+
+[[recurrent]]
+name = "trained"
+operator = "gated_delta_rule"
+sizes = { H = 2, K = 8, V = 6 }
+tokens = 40
+form = "training"
+dtypes = ["float32"]
+torch_floor = { float32 = 0 }
+limit_ratio = 1e6
+
 [[latency]]
 name = "small"
 queries = 4

@@ -53,6 +53,9 @@ def test_everything(cli, shapes, tmp_path):
         "padded",
         "modified softcap",
         "train window",
+        "lengths 40",
+        "one more",
+        "trained",
         "small",
         "long",
         "torch's own SDPA",
@@ -66,7 +69,7 @@ def test_everything(cli, shapes, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["bench"] for row in rows] == ["exact"] * 4 + ["decode"] * 4 + ["masks"] * 6 + [
         "backward"
-    ] * 4 + ["latency"] * 4 + ["memory"]
+    ] * 4 + ["recurrent"] * 8 + ["latency"] * 4 + ["memory"]
     assert {row["check"] for row in rows} == {"ok"}
     document = json.loads(json_path.read_text())
     assert {name: len(each) for name, each in document["benches"].items()} == {
@@ -74,6 +77,7 @@ def test_everything(cli, shapes, tmp_path):
         "decode": 4,
         "masks": 6,
         "backward": 4,
+        "recurrent": 8,
         "latency": 4,
         "memory": 1,
     }
@@ -130,6 +134,11 @@ def test_list(cli, shapes):
         "backward train/float32",
         "backward train/bfloat16",
         "backward train window/float32",
+        "recurrent delta/float32",
+        "recurrent delta/bfloat16",
+        "recurrent lengths/float32",
+        "recurrent one more/float32",
+        "recurrent trained/float32",
         "latency small/float32",
         "memory long/float32",
     ]
@@ -144,7 +153,10 @@ def test_list_of_some(cli, shapes):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["exactly"], "unknown benchmark exactly; there are exact, decode, masks, backward, latency, memory"),
+        (
+            ["exactly"],
+            "unknown benchmark exactly; there are exact, decode, masks, backward, recurrent, latency, memory",
+        ),
         (["--filter", "nothing*"], "--filter: no shape matches 'nothing*'"),
         (["latency", "--filter", "causal*"], "--filter: no shape matches 'causal*'"),
         (["--shapes", "absent.toml"], "cannot read absent.toml: No such file or directory"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import subquad
-from subquad.cli.bench import decode_calls, tensors, verify
+from subquad.cli.bench import decode_calls, tensors, turns, verify
 from subquad.cli.bench.decode_shape import DecodeShape
 
 pytestmark = pytest.mark.usefixtures("keep_threads")
@@ -96,7 +96,7 @@ def test_what_is_appended_is_not_there_before(caches):
 def test_calls_take_turns_on_enough_copies(monkeypatch, caches, hot, copies):
     shape = make_shape(hot=hot)
     size = shape.read_bytes("float32")
-    monkeypatch.setattr(decode_calls, "_WORKING_SET", 2 * size + 1)
+    monkeypatch.setattr(turns, "_WORKING_SET", 2 * size + 1)
     calls = decode_calls.make(shape, "float32", use_torch=False)
     assert sum(array.nbytes for array in calls.memory) == copies * size
     for _ in range(copies + 1):
@@ -107,7 +107,7 @@ def test_calls_take_turns_on_enough_copies(monkeypatch, caches, hot, copies):
 
 def test_copies_of_a_small_cache_are_limited():
     calls = decode_calls.make(make_shape(), "float32", use_torch=False)
-    assert len(calls.memory) == 2 * decode_calls._MAX_COPIES
+    assert len(calls.memory) == 2 * turns._MAX_COPIES
 
 
 @pytest.mark.parametrize(

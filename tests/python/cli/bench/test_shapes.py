@@ -124,7 +124,10 @@ def test_wrong_files(write, text, message):
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*: No such file"):
         shape_file.load("exact", ExactShape, tmp_path / "absent")
-    with pytest.raises(UserError, match=r"cannot read .*: Is a directory"):
+    with pytest.raises(UserError, match=r"cannot read .*exact\.toml: No such file"):
+        shape_file.load("exact", ExactShape, tmp_path)
+    (tmp_path / "exact.toml").mkdir()
+    with pytest.raises(UserError, match=r"cannot read .*exact\.toml: Is a directory"):
         shape_file.load("exact", ExactShape, tmp_path)
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"binary: .*decode"):
@@ -133,6 +136,14 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def test_a_file_without_the_table(write):
     assert shape_file.load("memory", MemoryShape, write("")) == ()
+
+
+def test_a_directory_has_a_file_for_each_table(tmp_path):
+    for table in ("exact", "memory"):
+        entry = f'[[{table}]]\nname = "{table}"\nqueries = 3\nhead_dim = 8\ndtypes = ["float32"]\n'
+        (tmp_path / f"{table}.toml").write_text(entry)
+    assert [shape.name for shape in shape_file.load("exact", ExactShape, tmp_path)] == ["exact"]
+    assert [shape.name for shape in shape_file.load("memory", MemoryShape, tmp_path)] == ["memory"]
 
 
 def test_selection():
@@ -155,14 +166,15 @@ def test_the_shapes_of_the_package(table, kind):
     every = shape_file.load(table, kind)
     assert every
     assert len({shape.name for shape in every}) == len(every)
+    assert set(shape_file._parse(shape_file.DEFAULT_PATH / f"{table}.toml")) == {table}
 
 
 def test_every_level_may_have_a_floor():
     assert set(_native.config()["levels"]) <= set(shapes.LEVELS)
 
 
-def test_benches_reads_the_same_file():
-    link = Path(__file__).parents[4] / "benches" / "shapes.toml"
+def test_benches_reads_the_same_files():
+    link = Path(__file__).parents[4] / "benches" / "shapes"
     if not link.exists():
         pytest.skip("not in a checkout")
     assert link.resolve() == shape_file.DEFAULT_PATH.resolve()
