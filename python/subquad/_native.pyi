@@ -126,6 +126,15 @@ def merge_attention(outs: list[Any], lses: list[Any]) -> Any: ...
 def recurrent(
     q: Any, k: Any, v: Any, options: dict[str, Any], output_final_state: bool
 ) -> tuple[Any, Any | None]: ...
+def recurrent_backward(
+    q: Any,
+    k: Any,
+    v: Any,
+    d_out: Any,
+    d_final_state: Any | None,
+    options: dict[str, Any],
+    wrt: list[str],
+) -> tuple[Any, ...]: ...
 def causal_conv1d(
     x: Any, weight: Any, options: dict[str, Any], output_final_state: bool
 ) -> tuple[Any, Any | None]: ...

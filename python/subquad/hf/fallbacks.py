@@ -223,7 +223,7 @@ def _mamba2_scan(
     if return_final_states:
         output, final = result
         return output.float(), final.float()
-    return result.float()  # type: ignore[no-any-return]
+    return result.float()  # type: ignore[union-attr]
 
 
 def _state_update(

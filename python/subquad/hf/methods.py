@@ -148,8 +148,13 @@ def _mlstm(
     reason = why_refused({}, query, key, value, igate, fgate, c_initial, n_initial, m_initial)
     if reason is not None:
         return reason
+    query, key, value, igate, fgate = (rows(one) for one in (query, key, value, igate, fgate))
     hidden, states = ops.mlstm_chunkwise(
-        *(rows(one) for one in (query, key, value, igate, fgate)),
+        query,
+        key,
+        value,
+        igate,
+        fgate,
         c_initial,
         n_initial,
         m_initial,
@@ -186,6 +191,7 @@ def _rg_lru(
     dtype = wide(hidden_states.dtype)
     # A gate of 0 would have no gradient but NaN.
     gates = recurrent_gate.to(dtype).clamp(min=torch.finfo(dtype).tiny).log()
+    final: Any
     output, final = ops.fused_recurrent_hgrn(
         hidden_states,
         gates.masked_fill(reset, float("-inf")),

@@ -40,6 +40,7 @@ def _block(
     gates = (exponents[:, :-1] - decay - exponents[:, 1:]).clamp_(max=0).float()
     before, after = exponents[:, :-1].float(), exponents[:, 1:].float()
     written = torch.exp(key - after)
+    final: Any
     both, final = ops.fused_recurrent_hgrn(
         torch.cat([written * value, written], 2),
         torch.cat([gates, gates], 2),

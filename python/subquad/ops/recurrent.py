@@ -113,7 +113,10 @@ def recurrent(
         elif name not in _WITHOUT_EFFECT and not (name == "head_first" and given is False):
             raise TypeError(f"{name}: expected no such argument, got {type(given).__name__}")
     try:
-        return _computed(q, k, v, options, output_final_state=bool(output_final_state))
+        results: tuple[Any, Any | None] = _computed(
+            q, k, v, options, output_final_state=bool(output_final_state)
+        )
+        return results
     except (ValueError, TypeError, NotImplementedError) as error:
         if names is None:
             raise

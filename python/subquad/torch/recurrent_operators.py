@@ -32,8 +32,9 @@ def with_defaults(options: Options) -> Options:
 
 
 def _recurrent(tensors: Sequence[Any], options: Options) -> Any:
+    q, k, v = tensors
     output_final_state = True
-    return _native.recurrent(*tensors, options, output_final_state)
+    return _native.recurrent(q, k, v, options, output_final_state)
 
 
 def _fake_recurrent(tensors: Sequence[Any], options: Options) -> Any:

@@ -11,7 +11,6 @@ from subquad import _native
 from subquad.torch.operator_row import NO_SECOND, WRT, Operator, Options, wide
 
 
-
 def _selective_scan(tensors: Sequence[Any], options: Options) -> Any:
     u, delta, a, b, c = tensors
     return _native.selective_scan(u, delta, a, b, c, options, return_last_state=True, return_checkpoints=True)

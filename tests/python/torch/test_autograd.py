@@ -12,8 +12,8 @@ from torch.autograd import gradcheck
 
 import subquad
 from subquad import masks, normalizers
-from subquad.torch.functions import apply
 from subquad.torch.attention_operators import ATTENTION
+from subquad.torch.functions import apply
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
