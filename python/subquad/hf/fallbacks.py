@@ -206,7 +206,7 @@ def _mamba2_scan(
     if reason is not None:
         return reason
     dtype = common_dtype(hidden_states, B, C)
-    result = ops.mamba_chunk_scan_combined(
+    result: Any = ops.mamba_chunk_scan_combined(
         rows(hidden_states.to(dtype)),
         rows(beside(dt, dtype)),
         beside(A, dtype),
@@ -223,7 +223,7 @@ def _mamba2_scan(
     if return_final_states:
         output, final = result
         return output.float(), final.float()
-    return result.float()  # type: ignore[union-attr]
+    return result.float()
 
 
 def _state_update(
