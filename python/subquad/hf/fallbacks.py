@@ -206,7 +206,7 @@ def _mamba2_scan(
     if reason is not None:
         return reason
     dtype = common_dtype(hidden_states, B, C)
-    result: Any = ops.mamba_chunk_scan_combined(
+    result = ops.mamba_chunk_scan_combined(
         rows(hidden_states.to(dtype)),
         rows(beside(dt, dtype)),
         beside(A, dtype),
@@ -220,10 +220,11 @@ def _mamba2_scan(
         dt_limit=dt_limit,
         return_final_states=return_final_states,
     )
-    if return_final_states:
+    if isinstance(result, tuple):
         output, final = result
         return output.float(), final.float()
-    return result.float()
+    alone: torch.Tensor = result.float()
+    return alone
 
 
 def _state_update(

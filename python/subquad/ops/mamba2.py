@@ -11,7 +11,7 @@ from typing import Any
 
 from .elementwise import silu, softplus
 from .inputs import Inputs, check_chunk_size
-from .namespace import cast, dtype_name, zeros
+from .namespace import add_product, cast, dtype_name, zeros
 from .recurrent import recurrent
 from .sequences import spans_of
 
@@ -111,7 +111,7 @@ def mamba_chunk_scan_combined(
     )
     y = y.reshape((batch, tokens, heads, width))
     if skip is not None:
-        y = y + skip * x
+        y = add_product(y, skip, x)
     if gate is not None:
         y = y * silu(gate)
     y = cast(y, given.first.dtype)

@@ -103,3 +103,12 @@ def repeated_heads(x: Any, times: int, axis: int) -> Any:
     shape = tuple(x.shape)
     wide = namespace_of("x", x).stack([x] * times, axis + 1)
     return wide.reshape((*shape[:axis], shape[axis] * times, *shape[axis + 1 :]))
+
+
+def add_product(y: Any, one: Any, other: Any) -> Any:
+    """Returns `y + one * other`. `y`, which nothing else refers to, may be overwritten."""
+    if not hasattr(y, "addcmul_"):
+        y += one * other
+        return y
+    # Autograd may need what it was.
+    return y.addcmul(one, other) if y.requires_grad else y.addcmul_(one, other)
