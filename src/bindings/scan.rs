@@ -67,10 +67,13 @@ impl<'py> Step<'py> {
             }
         };
         let of_head: Vec<usize> = heads.into_iter().chain([channels]).collect();
-        let batch = x.shape().first().copied().unwrap_or(0);
+        let indices = named.get("state_batch_indices")?;
+        let batch = if indices.is_none() { count } else { x.shape().first().copied().unwrap_or(0) };
         let of_row: Vec<usize> = std::iter::once(batch).chain(of_head.iter().copied()).collect();
         if x.shape() != of_row {
-            let expected = if heads.is_some() { format!("(B, {}, {channels})", of_head[0]) } else { format!("(B, {channels})") };
+            let rows = if indices.is_none() { count.to_string() } else { "B".into() };
+            let expected =
+                if heads.is_some() { format!("({rows}, {}, {channels})", of_head[0]) } else { format!("({rows}, {channels})") };
             let expected = format!("{expected} as state has");
             return Err(Error::Shape { arg: "x", expected, got: shape_text(x.shape()) }.into());
         }
@@ -97,11 +100,7 @@ impl<'py> Step<'py> {
             return Err(Error::Shape { arg: "C", expected, got: shape_text(c.shape()) }.into());
         }
         let groups = if heads.is_some() { b.shape()[1] } else { 1 };
-        let rows = rows(named.get("state_batch_indices")?.as_ref(), batch, count)?;
-        if named.get("state_batch_indices")?.is_none() && count != batch {
-            let expected = format!("with {batch} states, one for each row of x");
-            return Err(Error::Shape { arg: "state", expected, got: shape_text(state.shape()) }.into());
-        }
+        let rows = rows(indices.as_ref(), batch, count)?;
         let z = named.array("z", &x, &of_row, Layout::Any)?;
         if let Some(z) = &z {
             x.check_same(z)?;

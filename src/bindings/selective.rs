@@ -31,12 +31,15 @@ fn four(array: &Array<'_>) -> [[usize; 4]; 2] {
     }
 }
 
-/// An array of which channels or steps are contiguous, or a copy that is.
+/// An array of which channels or steps are contiguous, or a copy that is; one without steps as it is.
 fn plane_array<'py>(arg: &'static str, object: &Bound<'py, PyAny>, ranks: &[usize], names: &str) -> PyResult<Array<'py>> {
     let array = Array::import(arg, object, Layout::Any)?;
     if !ranks.contains(&array.shape().len()) {
         let got = shape_text(array.shape());
         return Err(Error::Shape { arg, expected: names.into(), got }.into());
+    }
+    if array.shape().len() == 2 {
+        return Ok(array);
     }
     let [shape, strides] = four(&array);
     if is_plane(shape, strides) { Ok(array) } else { Array::import(arg, object, Layout::Contiguous) }

@@ -84,6 +84,33 @@ pub fn add_product_of<T: SimdElement, I: Isa>(row: &mut [T::Acc], one: &[T::Acc]
     });
 }
 
+/// The sum of the products of two rows.
+#[inline(always)]
+pub fn dot<T: SimdElement, I: Isa>(one: &[T::Acc], other: &[T::Acc]) -> f64 {
+    let mut sums = T::V::<I>::splat(T::Acc::ZERO);
+    each_vector!(T, I, one.len(), d, {
+        sums = T::V::<I>::load(&one[d..]).mul_add(T::V::<I>::load(&other[d..]), sums);
+    });
+    sum_of_lanes::<T, I>(sums)
+}
+
+/// The sum of a row.
+#[inline(always)]
+pub fn sum<T: SimdElement, I: Isa>(row: &[T::Acc]) -> f64 {
+    let mut sums = T::V::<I>::splat(T::Acc::ZERO);
+    each_vector!(T, I, row.len(), d, {
+        sums = sums.add(T::V::<I>::load(&row[d..]));
+    });
+    sum_of_lanes::<T, I>(sums)
+}
+
+#[inline(always)]
+fn sum_of_lanes<T: SimdElement, I: Isa>(sums: T::V<I>) -> f64 {
+    let mut lanes = [T::Acc::ZERO; MAX_LANES];
+    sums.store(&mut lanes);
+    lanes.iter().map(|lane| lane.to_f64()).sum()
+}
+
 /// Powers of two below this are 0 to [`decay`]: with products of two of them, nothing comes near denormals, which take hundreds of cycles.
 const LEAST_EXPONENT: f64 = -50.0;
 

@@ -16,11 +16,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderC
 from subquad.hf.growing_layers import (
     GrowingLayer,
     GrowingSlidingWindowLayer,
-    WindowStore,
     can_grow,
     growing,
     unchanged_on_error,
 )
+from subquad.hf.window_store import WindowStore
 
 _SEAM = "_prepare_cache_for_generation"
 # Transformers renamed it.
@@ -108,7 +108,7 @@ class GrowingCache(DynamicCache):
     def _grow_layers(self) -> None:
         self.layers = [growing(layer) for layer in self.layers]
         windows = [layer for layer in self.layers if isinstance(layer, GrowingSlidingWindowLayer)]
-        store = WindowStore(2 * len(windows))
+        store = WindowStore(len(windows))
         for layer in windows:
             layer.store = store
         if self.layer_class_to_replicate is DynamicLayer:

@@ -10,6 +10,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from subquad.hf.window_store import WindowStore
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -101,32 +103,6 @@ def _shared_buffers(
     width = keys.shape[3]
     rows = keys.new_empty((batch, 1, capacity, width + values.shape[3]))
     return rows[..., :width], rows[..., width:]
-
-
-class WindowStore:
-    """Memory for what the layers with a window keep of a prompt, from one allocation.
-
-    Each layer makes large tensors of a prompt and keeps a small part of them. Allocated one by one, the small parts would lie
-    between the large ones: what is free then has no room for those of the next layer, so that the process grows by them with
-    every layer.
-    """
-
-    def __init__(self, places: int) -> None:
-        """Plans memory for so many tensors."""
-        self._places = places
-        self._free: list[torch.Tensor] = []
-
-    def like(self, kept: torch.Tensor) -> torch.Tensor:
-        """Returns a tensor of this shape and dtype, contiguous and not filled."""
-        if not self._free and self._places:
-            self._free = list(kept.new_empty((self._places, *kept.shape)))
-            self._places = 0
-        wanted = (kept.shape, kept.dtype, kept.device, torch.is_inference_mode_enabled())
-        if self._free:
-            place = self._free[-1]
-            if (place.shape, place.dtype, place.device, place.is_inference()) == wanted:
-                return self._free.pop()
-        return kept.new_empty(kept.shape)
 
 
 class _Span:

@@ -18,7 +18,7 @@ use super::rows::HeadRows;
 use super::unfade::{LeftGradient, RightGradient, Unfade, UnfadeScratch};
 use super::{BLOCK, Decay, Numbers, RecurrentArgs, Rule};
 use crate::dtype::{Element, Float};
-use crate::math::elementwise::{add, add_product_of, add_scaled, scale, transpose};
+use crate::math::elementwise::{add, add_scaled, dot, scale, sum, transpose};
 use crate::math::load::store_scaled;
 use crate::math::product::{Factors, ROW_STEP, Rows, add_product};
 use crate::math::triangular::substitute_transposed;
@@ -185,8 +185,8 @@ where
             for i in 0..chunks {
                 let at = Head { index: head, ..start.at(i * self.chunk) };
                 let (before, after) = states[i * len..(i + 2) * len].split_at_mut(len);
-                at.load_rows::<I>(&mut chunk);
-                at.fade::<I>(&mut chunk);
+                at.load_rows::<I>(&mut chunk, false);
+                at.fade::<I>(&mut chunk, false);
                 at.solve::<I>(before, &mut chunk);
                 after.copy_from_slice(before);
                 at.update::<I>(&chunk, after);
@@ -244,7 +244,7 @@ where
     ) {
         let Size { rows, width, stride, .. } = head.size;
         let [lefts, rights] = chunk.counts;
-        head.load_rows::<I>(chunk);
+        head.load_rows::<I>(chunk, true);
         for i in 0..lefts {
             work.lefts[i][..rows * stride].copy_from_slice(&chunk.lefts[i].rows[..rows * stride]);
         }
@@ -252,7 +252,7 @@ where
             work.rights[i][..rows * stride].copy_from_slice(&chunk.rights[i].rows[..rows * stride]);
         }
         work.values[..rows * head.stride_v].copy_from_slice(&chunk.written[..rows * head.stride_v]);
-        head.fade::<I>(chunk);
+        head.fade::<I>(chunk, true);
         head.solve::<I>(state, chunk);
         head.load_values::<I>(self.args.d_out, work.d_out);
 
@@ -328,7 +328,6 @@ where
     fn write_own<I: Isa>(&self, head: &Head<'_, T>, number: usize, chunk: &mut Chunk<'_, T::Acc>, work: &mut Work<'_, T::Acc>) {
         let (Size { width, stride, .. }, stride_v, width_v) = (head.size, head.stride_v, head.width_v);
         let args = &self.args.forward;
-        let dot = |a: &[T::Acc], b: &[T::Acc]| a.iter().zip(b).map(|(a, b)| a.to_f64() * b.to_f64()).sum::<f64>();
         let by_channel = matches!(args.decay, Decay::Channels(_));
         let mut bonus = vec![0.0; if args.bonus.is_some() { args.shape.head_dim } else { 0 }];
         for i in 0..head.count {
@@ -338,7 +337,7 @@ where
             if let Some(u) = args.bonus {
                 let d_out = &work.d_out[at.clone()];
                 add_scaled::<T::Acc, I>(d_written, chunk.bonus[i], d_out);
-                let of_bonus = T::Acc::from_f64(dot(d_out, &chunk.written[at.clone()]));
+                let of_bonus = T::Acc::from_f64(dot::<T::Acc, I>(d_out, &chunk.written[at.clone()]));
                 let u = &u[args.shape.head_of(head.index) * args.shape.head_dim..][..args.shape.head_dim];
                 for (d, &u) in u.iter().enumerate() {
                     let (query, key) = (work.lefts[0][i * stride + d], work.rights[0][i * stride + d]);
@@ -350,7 +349,7 @@ where
             }
             if let Some(beta) = &self.gradients.beta {
                 let before = if matches!(args.rule, Rule::Delta(_)) { &*chunk.extra } else { &*work.values };
-                beta.row(batch, token, head.index)[0] = T::Acc::from_f64(dot(d_written, &before[at.clone()]));
+                beta.row(batch, token, head.index)[0] = T::Acc::from_f64(dot::<T::Acc, I>(d_written, &before[at.clone()]));
             }
             store_scaled::<T, I>(d_written, chunk.betas[i], self.gradients.v.row(batch, token, head.index));
             if let Some(gates) = &self.gradients.gates {
@@ -358,7 +357,7 @@ where
                 if by_channel {
                     row.copy_from_slice(&found[..row.len()]);
                 } else {
-                    row[0] = T::Acc::from_f64(found.iter().map(|x| x.to_f64()).sum());
+                    row[0] = T::Acc::from_f64(sum::<T::Acc, I>(found));
                 }
             }
         }
@@ -471,12 +470,7 @@ fn of_alpha<T: SimdElement, I: Isa>(
 {
     for (d, end) in end.iter_mut().enumerate() {
         let at = d * head.stride_v..d * head.stride_v + head.width_v;
-        let mut sums = [T::Acc::ZERO; BLOCK];
-        for (state, d_state) in state[at.clone()].chunks_exact(BLOCK).zip(d_state[at].chunks_exact(BLOCK)) {
-            add_product_of::<T::Acc, I>(&mut sums, state, d_state, T::Acc::from_f64(1.0));
-        }
-        let sum = sums.iter().fold(T::Acc::ZERO, |sum, &x| sum + x);
-        *end = sum * chunk.alpha[d];
+        *end = T::Acc::from_f64(dot::<T::Acc, I>(&state[at.clone()], &d_state[at])) * chunk.alpha[d];
     }
 }
 

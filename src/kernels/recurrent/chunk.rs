@@ -39,8 +39,8 @@ pub fn run<T: SimdElement, I: Isa>(
         for (i, number) in heads.clone().enumerate() {
             let head = Head { index: number, ..start.at(first) };
             let state = &mut states[i * len..][..len];
-            head.load_rows::<I>(&mut work);
-            head.fade::<I>(&mut work);
+            head.load_rows::<I>(&mut work, true);
+            head.fade::<I>(&mut work, true);
             head.solve::<I>(state, &mut work);
             output::<T, I>(&head, state, &mut work, out);
             head.update::<I>(&work, state);

@@ -158,11 +158,13 @@ where
         self.size.width * self.stride_v
     }
 
-    /// Loads the rows.
+    /// Loads the rows, those of the queries if they are to read.
     #[inline(always)]
-    pub fn load_rows<I: Isa>(&self, work: &mut Chunk<'_, T::Acc>) {
+    pub fn load_rows<I: Isa>(&self, work: &mut Chunk<'_, T::Acc>, queries: bool) {
         let args = self.args;
-        self.load::<I>(args.queries(self.index), work.lefts[0].rows);
+        if queries {
+            self.load::<I>(args.queries(self.index), work.lefts[0].rows);
+        }
         self.load::<I>(args.keys(self.index), work.rights[0].rows);
         match &args.rule {
             Rule::Additive(_) => {}
@@ -176,17 +178,19 @@ where
             }
         }
         self.load_values::<I>(args.v, work.written);
-        work.bonus = self.bonus(work.lefts[0].rows, work.rights[0].rows);
+        if queries {
+            work.bonus = self.bonus(work.lefts[0].rows, work.rights[0].rows);
+        }
         work.betas = self.betas();
     }
 
-    /// Forms the products of the rows, and fades them.
+    /// Forms the products of the rows that are loaded, and fades them.
     #[inline(always)]
-    pub fn fade<I: Isa>(&self, work: &mut Chunk<'_, T::Acc>) {
+    pub fn fade<I: Isa>(&self, work: &mut Chunk<'_, T::Acc>, queries: bool) {
         let mut sums = [0.0; MAX_CHUNK + 1];
         let gates = self.gates::<I>(&mut sums, work.gates);
         let [lefts, rights] = work.counts;
-        let (lefts, rights) = (&mut work.lefts[..lefts], &mut work.rights[..rights]);
+        let (lefts, rights) = (&mut work.lefts[usize::from(!queries)..lefts], &mut work.rights[..rights]);
         I::call(Fade { size: self.size, gates, lefts, rights, scratch: &mut work.scratch, alpha: work.alpha });
     }
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers import Gemma3TextConfig
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
+from subquad.hf import GrowingCache
 from subquad.hf.growing_layers import GrowingSlidingWindowLayer
 
 
@@ -36,3 +38,40 @@ def test_copy():
     for one in returned:
         one.zero_()
     assert all(map(torch.equal, (layer.keys, layer.values), expected))
+
+
+def _caches():
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    config = Gemma3TextConfig(num_hidden_layers=6, layer_types=kinds, sliding_window=64)
+    return GrowingCache(config=config), DynamicCache(config=config)
+
+
+def _addresses(layers):
+    return {one.untyped_storage().data_ptr() for layer in layers for one in (layer.keys, layer.values)}
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_layers_share_an_allocation(guard):
+    actual, expected = _caches()
+    with guard():
+        for added in (300, 1, 200, 200, 1):
+            for layer in range(6):
+                states = _states(added)
+                pairs = zip(actual.update(*states, layer), expected.update(*states, layer), strict=True)
+                assert all(torch.equal(one, other) for one, other in pairs)
+            if added == 300:
+                # One of keys, one of values.
+                assert len(_addresses(actual.layers[:5])) == 2
+            for one, other in zip(actual.layers, expected.layers, strict=True):
+                assert torch.equal(one.keys, other.keys)
+                assert torch.equal(one.values, other.values)
+
+
+@torch.no_grad()
+def test_layers_of_other_shapes_have_memory_of_their_own():
+    cache, _ = _caches()
+    cache.update(*_states(300), 0)
+    wide = torch.randn(2, 3, 300, 8)
+    cache.update(wide, wide, 1)
+    assert torch.equal(cache.layers[1].keys, wide[:, :, -63:])
+    assert _addresses(cache.layers[:1]).isdisjoint(_addresses(cache.layers[1:2]))

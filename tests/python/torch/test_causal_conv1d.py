@@ -8,7 +8,7 @@ from torch.library import opcheck
 
 from subquad import ops
 from subquad.torch import library
-from subquad.torch.attention_operators import CAUSAL_CONV1D, CAUSAL_CONV1D_BACKWARD
+from subquad.torch.convolution_operators import CAUSAL_CONV1D, CAUSAL_CONV1D_BACKWARD
 from subquad.torch.schema_values import carried
 
 pytestmark = pytest.mark.filterwarnings(

@@ -348,19 +348,6 @@ def test_wide_heads(form, inputs):
         call(form, draw_inputs(FORMS[form].family, Sizes(1, 2, 1, 1, 4, 1025), "float32"))
 
 
-def test_gradients(form, inputs):
-    tensors = {name: torch.from_numpy(x) for name, x in inputs.items()}
-    for name in inputs:
-        given = {**tensors, name: tensors[name].clone().requires_grad_()}
-        shown = public(form, name)
-        with pytest.raises(
-            NotImplementedError, match=f"^{shown}: a tensor that requires grad is not supported"
-        ):
-            call(form, given)
-        with torch.no_grad():
-            call(form, given)
-
-
 def test_other_devices(form, inputs):
     queries = FAMILIES[FORMS[form].family].queries
     tensors = {name: torch.from_numpy(x) for name, x in inputs.items()}
