@@ -1,0 +1,33 @@
+"""The example that times a hybrid model, on a tiny one."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+PATH = Path(__file__).parents[2] / "examples" / "hybrid_prefill.py"
+
+
+@pytest.fixture(scope="module")
+def example():
+    """The example as a module."""
+    spec = importlib.util.spec_from_file_location(PATH.stem, PATH)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+def test_both_ways_agree(example):
+    model = example.build(torch.float32, hidden=64)
+    runs = example.compare(model, torch.arange(40)[None] % 7, rounds=2, new_tokens=3)
+    for run in runs.values():
+        assert len(run.prompts) == 2
+        assert len(run.tokens) == 6
+    torch.testing.assert_close(runs["subquad"].logits, runs["transformers"].logits, rtol=1e-4, atol=1e-4)
