@@ -8,7 +8,7 @@ from torch.library import opcheck
 
 from subquad import ops
 from subquad.torch import library
-from subquad.torch.attention_operators import CAUSAL_CONV1D, CAUSAL_CONV1D_BACKWARD
+from subquad.torch.convolution_operators import CAUSAL_CONV1D, CAUSAL_CONV1D_BACKWARD
 from subquad.torch.schema_values import carried
 
 pytestmark = pytest.mark.filterwarnings(
@@ -116,6 +116,20 @@ def test_the_residual_has_the_gradient_of_the_outputs():
     without, _ = ops.causal_conv1d(x, weight, activation="silu")
     assert torch.equal(found[1], seed)
     assert torch.equal(found[0], torch.autograd.grad(without, x, seed)[0])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_outputs_may_change_before_the_backward(compiled):
+    # Layers of flash-linear-attention mask padding in place.
+    x, weight, mask = draw(B, T, D), draw(D, 4), torch.arange(T)[:, None] > 2
+
+    def masked(in_place):
+        out, _ = ops.causal_conv1d(x, weight, activation="silu")
+        return out.mul_(mask) if in_place else out * mask
+
+    call = torch.compile(masked, backend="aot_eager") if compiled else masked
+    found, wanted = (torch.autograd.grad(out.sum(), (x, weight)) for out in (call(True), masked(False)))
+    assert all(map(torch.equal, found, wanted))
 
 
 def test_threads_do_not_change_bits(keep_num_threads):
