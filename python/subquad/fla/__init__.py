@@ -1,8 +1,8 @@
 """flash-linear-attention on CPUs: `install` makes `fla.ops.<family>.<name>` resolve to `subquad.ops.<name>` for CPU tensors.
 
-Where flash-linear-attention can be imported, its operators that `subquad.ops` has, and the norms, activations, convolutions and
-embeddings of its layers (in plain PyTorch), are computed here when all tensors of a call lie on the CPU; any other call, and every
-other function, is its own. So its layers and models (`fla.layers`, `fla.models`) run on a CPU.
+Where flash-linear-attention can be imported, its operators and short convolutions that `subquad.ops` has, and the norms,
+activations and embeddings of its layers (in plain PyTorch), are computed here when all tensors of a call lie on the CPU; any other
+call, and every other function, is its own. So its layers and models (`fla.layers`, `fla.models`) run on a CPU, in training too.
 
 Where it is not installed, or cannot be imported because Triton is not, `fla.ops` and the modules of its families that
 `subquad.ops` has are made, with these functions in them, for code that imports operators by those names. Other modules of `fla`

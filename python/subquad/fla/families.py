@@ -23,6 +23,8 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
         "fused_recurrent_iplr_delta_rule",
     ),
     "fla.ops.gla": ("chunk_gla", "fused_recurrent_gla"),
+    "fla.ops.gsa": ("chunk_gsa", "fused_recurrent_gsa"),
+    "fla.ops.hgrn": ("chunk_hgrn", "fused_recurrent_hgrn"),
     "fla.ops.kda": ("chunk_kda", "fused_recurrent_kda"),
     "fla.ops.kda.gate": ("fused_kda_gate",),
     "fla.ops.lightning_attn": ("chunk_lightning_attn", "fused_recurrent_lightning_attn"),

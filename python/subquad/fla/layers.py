@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .. import ops
 from .activations import (
     bias_gelu_impl,
     fast_gelu_impl,
@@ -22,7 +23,7 @@ from .activations import (
     swish_bwd,
     swish_fwd,
 )
-from .convolution import causal_conv1d, causal_conv1d_update
+from .convolution import causal_conv1d_update
 from .dispatch import Function
 from .gated_norms import (
     layer_norm_gated,
@@ -104,7 +105,7 @@ FUNCTIONS: tuple[tuple[tuple[str, ...], dict[str, Function]], ...] = (
     ),
     (
         ("fla.modules.causal_conv1d", "fla.modules.convolution"),
-        _by_name(causal_conv1d, causal_conv1d_update),
+        _by_name(ops.causal_conv1d, causal_conv1d_update),
     ),
     (("fla.modules.rotary",), _by_name(rotary_embedding)),
     (("fla.modules.token_shift",), _by_name(token_shift)),

@@ -74,6 +74,7 @@ CAUSAL_CONV1D = Operator(
     fake=_fake_causal_conv1d,
     derivative=CAUSAL_CONV1D_BACKWARD,
     derivative_call=_backward_call,
+    keeps_results=False,
     autocast=frozenset({"x", "weight", "bias", "residual", "initial_state"}),
     missing="",
 )

@@ -45,11 +45,16 @@ def _call(
 
 
 def _save(
-    ctx: Any, options: Options, names: Sequence[str], tensors: Sequence[Any], outputs: Sequence[Any]
+    operator: Operator,
+    ctx: Any,
+    options: Options,
+    names: Sequence[str],
+    tensors: Sequence[Any],
+    outputs: Sequence[Any],
 ) -> None:
     ctx.options, ctx.names = options, names
     # Changes of tensors that are saved so are found out.
-    ctx.save_for_backward(*tensors, *outputs)
+    ctx.save_for_backward(*tensors, *(outputs if operator.keeps_results else ()))
     if is_forward_mode():
         ctx.save_for_forward(*tensors)
     ctx.set_materialize_grads(False)
@@ -109,7 +114,7 @@ def _eager(operator: Operator) -> type[Function]:
         @staticmethod
         def forward(ctx: Any, options: Options, names: Sequence[str], *tensors: Any) -> Any:
             outputs = operator.compute(*_call(operator, options, names, tensors))
-            _save(ctx, options, names, tensors, outputs)
+            _save(operator, ctx, options, names, tensors, outputs)
             return outputs
 
         @staticmethod
@@ -137,7 +142,7 @@ def _transformed(operator: Operator) -> type[Function]:
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
             options, names, *tensors = inputs
-            _save(ctx, options, names, tensors, output)
+            _save(operator, ctx, options, names, tensors, output)
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:

@@ -37,6 +37,7 @@ class Operator:
             that are wanted.
         derivative_call: makes the tensors of a call of that row from the gradients of the results (`None` where there is none), the
             results, the tensors and the options.
+        keeps_results: whether it takes the results. Where it does not, they are not kept for it, and may be changed in place.
         missing: what is asked for in vain where there is no such row.
         follows: the tensors that the others determine: what gradients they have is part of those of the others.
         autocast: the tensors and options that autocast casts.
@@ -55,6 +56,7 @@ class Operator:
     derivative: Operator | None
     missing: str
     derivative_call: Callable[..., Sequence[Any]] = _after_results
+    keeps_results: bool = True
     follows: frozenset[str] = frozenset()
     # As of PyTorch's own attention.
     autocast: frozenset[str] = frozenset({"q", "k", "v", "bias"})

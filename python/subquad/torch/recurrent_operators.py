@@ -103,6 +103,7 @@ RECURRENT = Operator(
     fake=_fake_recurrent,
     derivative=RECURRENT_BACKWARD,
     derivative_call=_backward_call,
+    keeps_results=False,
     autocast=frozenset({"q", "k", "v", "a", "b"}),
     missing="",
 )

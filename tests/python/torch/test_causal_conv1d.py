@@ -118,6 +118,20 @@ def test_the_residual_has_the_gradient_of_the_outputs():
     assert torch.equal(found[0], torch.autograd.grad(without, x, seed)[0])
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_outputs_may_change_before_the_backward(compiled):
+    # Layers of flash-linear-attention mask padding in place.
+    x, weight, mask = draw(B, T, D), draw(D, 4), torch.arange(T)[:, None] > 2
+
+    def masked(in_place):
+        out, _ = ops.causal_conv1d(x, weight, activation="silu")
+        return out.mul_(mask) if in_place else out * mask
+
+    call = torch.compile(masked, backend="aot_eager") if compiled else masked
+    found, wanted = (torch.autograd.grad(out.sum(), (x, weight)) for out in (call(True), masked(False)))
+    assert all(map(torch.equal, found, wanted))
+
+
 def test_threads_do_not_change_bits(keep_num_threads):
     import subquad
 

@@ -92,6 +92,13 @@ def test_opcheck_of_the_backward(feature, qkv):
         opcheck(library.overload(RECURRENT_BACKWARD), arguments)
 
 
+def test_outputs_may_change_before_the_backward(feature, qkv):
+    function, inputs = function_of(feature), leaves(feature, qkv)
+    changed, kept = function(*inputs)[0].mul_(2), function(*inputs)[0] * 2
+    found, wanted = (torch.autograd.grad(out.sum(), inputs) for out in (changed, kept))
+    assert all(map(torch.equal, found, wanted))
+
+
 def test_options_survive_the_schema(feature, qkv):
     options = with_defaults(feature[0] | feature[1])
     tensors, back = restored(RECURRENT, carried(RECURRENT, qkv, options))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -16,7 +17,14 @@ from subquad.fla.families import FAMILIES
 from subquad.reference import recurrent
 
 # What says how to compute, not what.
-WITHOUT_EFFECT = {"cu_seqlens_cpu", "chunk_indices", "safe_gate", "disable_recompute", "chunk_size"}
+WITHOUT_EFFECT = {
+    "cu_seqlens_cpu",
+    "chunk_indices",
+    "safe_gate",
+    "disable_recompute",
+    "chunk_size",
+    "checkpoint_level",
+}
 
 
 def _operator_oracle(original: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -122,16 +130,17 @@ def rmsnorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_g
 
 
 def rotary_embedding(x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None, **_):
-    """The package's own formula, for each row."""
+    """The package's own formula, for each sequence."""
     from fla.modules.rotary.ops import rotary_embedding_ref
 
-    assert cu_seqlens is None
     assert not inplace
-    offsets = seqlen_offsets.tolist() if torch.is_tensor(seqlen_offsets) else [seqlen_offsets] * len(x)
-    tables = [[table[o : o + x.shape[1]] for table in (cos, sin)] for o in offsets]
-    return torch.cat(
-        [rotary_embedding_ref(row[None], *t, interleaved) for row, t in zip(x, tables, strict=True)]
-    )
+    rows = x.split(1) if cu_seqlens is None else x.split(cu_seqlens.diff().tolist(), 1)
+    offsets = seqlen_offsets.tolist() if torch.is_tensor(seqlen_offsets) else [seqlen_offsets] * len(rows)
+    tables = [
+        [table[o : o + row.shape[1]] for table in (cos, sin)] for row, o in zip(rows, offsets, strict=True)
+    ]
+    turned = [rotary_embedding_ref(row, *t, interleaved) for row, t in zip(rows, tables, strict=True)]
+    return torch.cat(turned, 0 if cu_seqlens is None else 1)
 
 
 def token_shift(x, cu_seqlens=None, cache=None, output_cache=False, **_):
@@ -200,11 +209,15 @@ def _table() -> dict[int, tuple[Any, Any]]:
     return {id(original): (original, oracle) for original, oracle in _oracles()}
 
 
+def _float(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
 @contextmanager
 def in_place() -> Iterator[None]:
     """All functions of the package that have an oracle are it, also for layers that are built in the meantime.
 
-    `subquad.fla` must not be installed.
+    Their own `x.float()` leaves float64 as it is. `subquad.fla` must not be installed.
     """
     changed = []
     for name, module in list(sys.modules.items()):
@@ -217,6 +230,9 @@ def in_place() -> Iterator[None]:
                 if original is not None and original is value:
                     changed.append((names, key, value))
                     names[key] = oracle
-    yield
-    for names, key, value in changed:
-        names[key] = value
+    try:
+        with patch.object(torch.Tensor, "float", _float):
+            yield
+    finally:
+        for names, key, value in changed:
+            names[key] = value

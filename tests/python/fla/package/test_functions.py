@@ -226,73 +226,38 @@ def test_bounds_of_sequences_that_make_no_sense(draw, bounds):
     bounds = torch.tensor(bounds, dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seqlens: expected bounds that rise from 0 to 12"):
         positions.token_shift(draw(1, 12, 4), bounds)
-    with pytest.raises(ValueError, match="cu_seqlens"):
-        convolution.causal_conv1d(draw(1, 12, 4), draw(4, 3), cu_seqlens=bounds)
 
 
-def _convolution(x, weight, bias, state, activation):
-    """Of one sequence, `[T, D]`, token by token."""
-    line = torch.cat([state.T, x])
-    width = weight.shape[1]
-    rows = [(line[t + 1 : t + 1 + width] * weight.T).sum(0) + bias for t in range(len(x))]
-    y = torch.stack(rows) if rows else x
-    return (functional.silu(y) if activation else y), line[len(x) :].T
-
-
-@pytest.mark.parametrize("activation", [None, "silu", "swish"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("lengths", [[9, 9], [0, 2, 11, 1]])
-def test_causal_conv1d(draw, lengths, dtype, activation):
-    packed, count, tokens = len(set(lengths)) > 1, len(lengths), sum(lengths)
-    x = draw(tokens, 6, dtype=dtype)
-    residual, weight, bias = draw(tokens, 6, dtype=dtype), draw(6, 4, dtype=dtype), draw(6, dtype=dtype)
-    state = draw(count, 6, 4, dtype=dtype)
-    wide = [t.double() for t in (weight, bias)]
-    parts = [
-        _convolution(row, *wide, s, activation)
-        for row, s in zip(x.double().split(lengths), state.double(), strict=True)
-    ]
-    wanted = torch.cat([y for y, _ in parts]) + residual.double()
-    shape = (1, tokens, 6) if packed else (2, 9, 6)
-    bounds = torch.tensor([0, *lengths]).cumsum(0) if packed else None
-    found, last = convolution.causal_conv1d(
-        x.view(shape), weight, bias, residual.view(shape), state, True, activation, cu_seqlens=bounds
-    )
-    assert_near(found, wanted.view(shape), dtype)
-    assert torch.equal(last.double(), torch.stack([last for _, last in parts]))
-    # Channels in several axes, no state, nothing else.
-    found, last = convolution.causal_conv1d(x.view(*shape[:2], 2, 3), weight, cu_seqlens=bounds)
-    alone = [_convolution(row, wide[0], 0.0, torch.zeros(6, 4), None)[0] for row in x.double().split(lengths)]
-    assert_near(found, torch.cat(alone).view(found.shape), dtype)
-    assert last is None
-
-
+@pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("shape", [(3, 1, 6), (1, 3, 6), (3, 6), (3, 1, 2, 3)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_causal_conv1d_update(draw, dtype, shape):
+def test_convolutions_of_one_more_token(draw, dtype, shape, with_residual):
     x, cache, weight, bias = (draw(*s, dtype=dtype) for s in ((3, 6), (3, 6, 4), (6, 4), (6,)))
-    before = cache.clone()
-    wanted, last = convolution.causal_conv1d(x[:, None], weight, bias, x[:, None], before, True, "silu")
-    found, after = convolution.causal_conv1d_update(x.view(shape), cache, x.view(shape), weight, bias, "silu")
-    assert after is cache
-    assert torch.equal(cache, last)
-    assert_near(found, wanted.double().view(shape), dtype)
+    residual = draw(3, 6, dtype=dtype) if with_residual else None
+    wanted_last = torch.cat([cache[..., 1:], x[..., None]], -1)
+    sums = (wanted_last.double() * weight.double()).sum(-1) + bias.double()
+    wanted = functional.silu(sums) + (residual.double() if with_residual else 0.0)
+    added = residual.view(shape) if with_residual else None
+    found, last = convolution.causal_conv1d_update(x.view(shape), cache, added, weight, bias, "silu")
+    assert last is cache
+    assert torch.equal(cache, wanted_last)
+    assert_near(found, wanted.view(shape), dtype)
 
 
 def test_convolutions_that_make_no_sense(draw):
-    x, weight = draw(2, 5, 4), draw(4, 3)
-    with pytest.raises(ValueError, match=r"weight: expected shape \[D, W\], got None"):
-        convolution.causal_conv1d(x)
-    with pytest.raises(ValueError, match="activation: expected 'swish', 'silu' or None, got 'relu'"):
-        convolution.causal_conv1d(x, weight, activation="relu")
-    with pytest.raises(ValueError, match=r"initial_state: expected shape \[2, 4, 3\], got \[2, 4, 2\]"):
-        convolution.causal_conv1d(x, weight, initial_state=draw(2, 4, 2))
-    with pytest.raises(ValueError, match="x: expected one row of packed sequences, got 2"):
-        convolution.causal_conv1d(x, weight, cu_seqlens=torch.tensor([0, 5]))
-    with pytest.raises(NotImplementedError, match="cp_context: object is not supported"):
-        convolution.causal_conv1d(x, weight, cp_context=object())
-    with pytest.raises(ValueError, match=r"cache: expected shape \[2, 4, 3\], got \[2, 4, 2\]"):
-        convolution.causal_conv1d_update(x[:, :1], draw(2, 4, 2), weight=weight)
+    x, cache, weight = draw(2, 1, 4), draw(2, 4, 3), draw(4, 3)
+    update = convolution.causal_conv1d_update
+    with pytest.raises(TypeError, match=r"weight: expected a PyTorch tensor.*, got NoneType"):
+        update(x, cache)
+    with pytest.raises(ValueError, match="activation: expected None, 'silu' or 'swish', got 'relu'"):
+        update(x, cache, weight=weight, activation="relu")
+    for other in (draw(2, 4, 1), draw(3, 4, 3), draw(2, 3, 3), draw(2, 4)):
+        with pytest.raises(ValueError, match=r"cache: expected shape \(2, 4, S\) with S of at least 2"):
+            update(x, other, weight=weight)
+    with pytest.raises(TypeError, match="cache: expected dtype float64 as x has, got float32"):
+        update(x, cache.float(), weight=weight)
+    with pytest.raises(ValueError, match=r"residual: expected shape \(2, 1, 4\) as x has, got \(2, 4\)"):
+        update(x, cache, x[:, 0], weight)
 
 
 def test_norms_that_make_no_sense(draw):
@@ -334,9 +299,6 @@ DIFFERENTIABLE = {
     "powglu": lambda x, w, m: activations.powglu(x, x.flip(0)) * w * m[0],
     "l2norm": lambda x, w, m: norms.l2norm(x) * w * m[0],
     "token_shift": lambda x, w, m: positions.token_shift(x, torch.tensor([0, 1, 3]), m[:2] * w),
-    "causal_conv1d": lambda x, w, m: convolution.causal_conv1d(
-        x, m, w, x, activation="silu", cu_seqlens=torch.tensor([0, 1, 3])
-    )[0],
     "rotary_embedding": lambda x, w, m: positions.rotary_embedding(
         (x * w)[:, :, None], m[:, :2], m[:, 2:], cu_seqlens=torch.tensor([0, 1, 3])
     ),

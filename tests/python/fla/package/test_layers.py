@@ -1,91 +1,15 @@
 """Layers of flash-linear-attention on the CPU, against themselves in float64 with oracles in the place of every kernel."""
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import pytest
 import torch
-from fla import layers
-from fla.layers.simple_gla import SimpleGatedLinearAttention
 from fla.models.cache_utils import Cache
 
-from . import oracles
+from .cases import CASES, build, error, expected, outputs
 
-WIDTH = 64
-# Not exported.
-OTHERS = {"SimpleGatedLinearAttention": SimpleGatedLinearAttention}
 # RWKV-7's layer says that it may be wrong.
 pytestmark = pytest.mark.filterwarnings("ignore:According to Bo:UserWarning")
-
-
-class Case(NamedTuple):
-    """A layer, and what of it is tried."""
-
-    name: str
-    options: dict = {}  # noqa: RUF012
-    call: dict = {}  # noqa: RUF012
-    # Whether states go on with one token at a time only.
-    one_by_one: bool = False
-
-
-HEADS = {"num_heads": 2}
-HEADS_OF_16 = {**HEADS, "head_dim": 16}
-CASES = {
-    "GLA": Case("GatedLinearAttention", HEADS),
-    "GLA, convolutions, gate apart": Case(
-        "GatedLinearAttention", {**HEADS, "use_short_conv": True, "fuse_norm": False}
-    ),
-    "simple GLA": Case("SimpleGatedLinearAttention", HEADS),
-    "linear attention": Case("LinearAttention", {**HEADS, "feature_map": "elu"}),
-    "linear attention, normalised": Case(
-        "LinearAttention", {**HEADS, "feature_map": "relu", "do_feature_map_norm": True}
-    ),
-    "retention": Case("MultiScaleRetention", HEADS),
-    "DeltaNet": Case("DeltaNet", HEADS),
-    "DeltaNet, gated, elu": Case(
-        "DeltaNet", {**HEADS, "use_gate": True, "qk_activation": "elu", "qk_norm": "sum"}
-    ),
-    "gated DeltaNet": Case("GatedDeltaNet", HEADS_OF_16),
-    "gated DeltaNet, grouped, negative": Case(
-        "GatedDeltaNet", {**HEADS_OF_16, "num_v_heads": 4, "allow_neg_eigval": True, "conv_bias": True}
-    ),
-    "gated DeltaProduct": Case("GatedDeltaProduct", HEADS_OF_16),
-    "KDA": Case("KimiDeltaAttention", HEADS_OF_16),
-    "KDA, grouped": Case("KimiDeltaAttention", {**HEADS_OF_16, "num_v_heads": 4}),
-    "HGRN2": Case("HGRN2Attention", {"expand_ratio": 32}),
-    "RWKV-6": Case("RWKV6Attention", HEADS),
-    "RWKV-7": Case("RWKV7Attention", {"head_dim": 32, "num_hidden_layers": 4}, {"v_first": None}),
-    "Mamba": Case("Mamba", {"state_size": 8}, one_by_one=True),
-    "Mamba-2": Case("Mamba2", {"num_heads": 4, "head_dim": 32, "state_size": 16}, one_by_one=True),
-}
-
-
-def build(case, dtype=torch.float32):
-    """The layer with parameters that all matter, and tokens for it."""
-    torch.manual_seed(20180509)
-    layer = {**vars(layers), **OTHERS}[case.name](hidden_size=WIDTH, layer_idx=0, **case.options).eval()
-    for parameter in layer.parameters():
-        # RWKV-7 starts with outputs of 0, norms with weights of 1.
-        parameter.data += 0.1 * torch.randn(parameter.shape)
-    layer = layer.to(dtype)
-    return layer, torch.randn(2, 70, WIDTH).to(dtype)
-
-
-def outputs(layer, x, case, **options):
-    with torch.no_grad():
-        found = layer(x, **case.call, **options)
-    return found[0] if isinstance(found, tuple) else found
-
-
-def expected(case, rows=slice(None), tokens=slice(None), dtype=torch.float32):
-    with oracles.in_place():
-        layer, x = build(case, dtype)
-        return outputs(layer.double(), x[rows, tokens].double(), case)
-
-
-def error(found, wanted):
-    """The ratio of root mean squares."""
-    return float((found.double() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
 
 
 @pytest.mark.parametrize("tokens", [70, 9])
@@ -132,7 +56,7 @@ def test_states_go_on(name, request):
     assert error(torch.cat(parts, 1), whole) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["GLA", "gated DeltaNet", "KDA", "RWKV-7", "Mamba-2"])
+@pytest.mark.parametrize("name", ["GLA", "gated DeltaNet", "KDA", "HGRN", "gated slots", "RWKV-7", "Mamba-2"])
 def test_half_precision(name, request):
     case = CASES[name]
     layer, x = build(case, torch.bfloat16)

@@ -1,5 +1,6 @@
 """Models on the CPU where flash-linear-attention is installed: its own, and those of transformers, which take its functions."""
 
+import copy
 import inspect
 from itertools import pairwise
 from types import SimpleNamespace
@@ -55,6 +56,25 @@ def test_models_of_the_package_go_on_with_their_caches(name, installed):
     found = torch.cat(parts, 1)
     torch.testing.assert_close(found[0], whole[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[1, 9:], whole[1, 9:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_models_of_the_package_are_trained(name, installed):
+    torch.manual_seed(0)
+    kind, config = OWN[name]
+    model = kind(copy.deepcopy(config)).train()
+    # Whose kernel is flash-linear-attention's.
+    model.config.fuse_cross_entropy = False
+    tokens, losses = torch.randint(1, 50, (2, 74)), []
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert all(after < before - 0.2 for before, after in pairwise(losses))
 
 
 def test_models_of_transformers_take_its_functions(installed, monkeypatch):
