@@ -11,8 +11,8 @@ SIZES = Sizes(batch=2, tokens=5, heads=1, value_heads=2, keys=3, values=2)
 LENGTHS = (2, 0, 3, 1)
 # Of gradients in float32, in units of the largest.
 TOLERANCE = 1e-4
-# Of what multiplies the gates of all tokens: gradients of gates are differences of sums over later tokens, which are far larger where
-# decays are strong.
+# Of what multiplies the gates of all tokens: gradients of gates are differences of sums over later tokens, which are far larger
+# where decays are strong.
 TOLERANCE_OF_RATES = 3e-4
 # Of the root mean squares of error and gradient in half types.
 RATIO = 0.02
