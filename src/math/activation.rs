@@ -65,6 +65,8 @@ mod tests {
 
     struct All<E: Wide>(Vec<E>, Mutex<[Vec<f64>; 3]>);
     impl<E: Wide> Task for All<E> {
+        const MULTIPLIES_BF16: bool = false;
+
         #[inline(always)]
         fn run<I: Isa>(&self, _index: usize) {
             for &x in &self.0 {

@@ -1,5 +1,6 @@
 //! A call with made-up inputs, run by every form.
 
+use crate::stream::{Stream, widen};
 use subquad::dtype::{Element, Float};
 use subquad::index::Segments;
 use subquad::kernels::bias::{Bias, BiasView};

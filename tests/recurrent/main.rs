@@ -1,4 +1,5 @@
 //! Recurrent attention: every form, level and thread count against the naive form.
+#![allow(clippy::float_cmp, reason = "exact values are meant")]
 
 mod case;
 mod convolution;

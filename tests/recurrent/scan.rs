@@ -24,6 +24,7 @@ fn compare(got: &[f64], want: &[f64], tolerance: f64, what: &str) {
 
 /// Which of the options a case has.
 #[derive(Debug, Clone, Copy)]
+#[expect(clippy::struct_excessive_bools, reason = "options of the operator")]
 struct Kind {
     steps_b: bool,
     steps_c: bool,

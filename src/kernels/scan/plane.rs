@@ -210,6 +210,8 @@ mod tests {
 
     struct Copy<'a>(Plane<'a, f32>, PlaneWriter<'a, f32>, [usize; 2]);
     impl Task for Copy<'_> {
+        const MULTIPLIES_BF16: bool = false;
+
         #[inline(always)]
         fn run<I: Isa>(&self, _index: usize) {
             let [channels, steps] = self.2;
