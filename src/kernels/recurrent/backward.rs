@@ -9,7 +9,7 @@
 //! dS = e^{G_C} dS + Q^T dO - (K e^G)^T (beta f)
 //! ```
 //!
-//! where `Q` and `K e^G` are the rows that read the state. [`super::unfade`] makes of the gradients of faded rows and products those of
+//! where `Q` and `K e^G` are the rows that read the state. `unfade.rs` makes of the gradients of faded rows and products those of
 //! rows and gates. Heads of values that share a head of queries and keys take turns, and their gradients are summed in order.
 
 use super::head::{Chunk, Head, MAX_CHUNK, chunk_len};
