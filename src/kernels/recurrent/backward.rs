@@ -12,10 +12,11 @@
 //! where `Q` and `K e^G` are the rows that read the state. `unfade.rs` makes of the gradients of faded rows and products those of
 //! rows and gates. Heads of values that share a head of queries and keys take turns, and their gradients are summed in order.
 
+use super::gradient_buffers::{Work, work_len};
 use super::head::{Chunk, Head, MAX_CHUNK, chunk_len};
 use super::pairs::Size;
 use super::rows::HeadRows;
-use super::unfade::{LeftGradient, RightGradient, Unfade, UnfadeScratch};
+use super::unfade::{LeftGradient, RightGradient, Unfade};
 use super::{BLOCK, Decay, Numbers, RecurrentArgs, Rule};
 use crate::dtype::{Element, Float};
 use crate::math::elementwise::{add, add_scaled, dot, scale, sum, transpose};
@@ -77,74 +78,6 @@ pub fn backward<T: SimdElement>(
 {
     let tasks = args.forward.sequences.len() * args.forward.shape.num_heads;
     for_each_tile(level, threads, tasks, &Sequences { args, gradients, chunk });
-}
-
-/// Buffers of the gradients of a chunk.
-struct Work<'s, A> {
-    /// Raw rows: queries and what reads for the rule; keys and where the low-rank part is written. `[chunk, stride]` each.
-    lefts: [&'s mut [A]; 2],
-    rights: [&'s mut [A]; 2],
-    d_lefts: [&'s mut [A]; 2],
-    d_rights: [&'s mut [A]; 2],
-    /// `[chunk, chunk]` of each left with each right.
-    d_products: [[&'s mut [A]; 2]; 2],
-    /// Sums over value heads of the gradients of queries, keys, `a` and `b`, `[chunk, stride]` each.
-    totals: [&'s mut [A]; 4],
-    gates: &'s mut [A],
-    end: &'s mut [A],
-    unfade: UnfadeScratch<'s, A>,
-    /// `[chunk, stride_v]` each: values, gradients of outputs, and of what is written by each right.
-    values: &'s mut [A],
-    d_out: &'s mut [A],
-    d_written: [&'s mut [A]; 2],
-    /// `[width_v, stride]`: a state transposed.
-    columns: &'s mut [A],
-    /// `[width_v, chunk]`: what is written, transposed.
-    written: [&'s mut [A]; 2],
-}
-
-fn work_len<T: SimdElement>(head: &Head<'_, T>) -> usize {
-    let Size { chunk, width, stride, .. } = head.size;
-    18 * chunk * stride
-        + 2 * BLOCK * stride
-        + 4 * chunk * chunk
-        + (MAX_CHUNK / BLOCK + 3) * width
-        + 4 * chunk * head.stride_v
-        + head.width_v * stride
-        + 2 * head.width_v * chunk
-}
-
-impl<'s, A: Float> Work<'s, A> {
-    #[expect(clippy::mut_mut, reason = "what is left of the scratch")]
-    fn carve<T: SimdElement<Acc = A>>(head: &Head<'_, T>, rest: &mut &'s mut [A]) -> Self {
-        let Size { chunk, width, stride, .. } = head.size;
-        let mut take = |len: usize| carve(rest, len);
-        let panel = chunk * stride;
-        Self {
-            lefts: [take(panel), take(panel)],
-            rights: [take(panel), take(panel)],
-            d_lefts: [take(panel), take(panel)],
-            d_rights: [take(panel), take(panel)],
-            d_products: [[take(chunk * chunk), take(chunk * chunk)], [take(chunk * chunk), take(chunk * chunk)]],
-            totals: [take(panel), take(panel), take(panel), take(panel)],
-            gates: take(panel),
-            end: take(width),
-            unfade: UnfadeScratch {
-                faded: [take(panel), take(panel)],
-                readers: [take(BLOCK * stride), take(BLOCK * stride)],
-                brought: take(panel),
-                sums: take(panel),
-                blocks: take(MAX_CHUNK / BLOCK * width),
-                total: take(width),
-                ratio: take(width),
-            },
-            values: take(chunk * head.stride_v),
-            d_out: take(chunk * head.stride_v),
-            d_written: [take(chunk * head.stride_v), take(chunk * head.stride_v)],
-            columns: take(head.width_v * stride),
-            written: [take(head.width_v * chunk), take(head.width_v * chunk)],
-        }
-    }
 }
 
 impl<T: SimdElement> Task for Sequences<'_, T>

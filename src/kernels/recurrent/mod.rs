@@ -31,6 +31,7 @@
 mod args;
 pub mod backward;
 mod chunk;
+mod gradient_buffers;
 mod head;
 pub mod naive;
 mod pairs;
