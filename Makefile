@@ -5,10 +5,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
-# What is run again at other levels, on one thread and with tiny blocks: everything whose numbers come from a kernel, but not what is made
-# of other operators. Two processes, as most of the time is Python's.
+# What is run again with tiny blocks, against a build with assertions: everything whose numbers come from a kernel, but not what is made of
+# other operators. Two processes, as most of the time is Python's.
 KERNEL_TESTS := -n 2 tests/python/ops --ignore-glob='*/test_composed_*' tests/python/bindings/test_second_derivatives.py \
 	$(addprefix tests/python/torch/test_,autograd.py sdpa_gradients.py override_sdpa.py)
+# What is run again at other levels: sweeps of shapes and options. The Rust tests run every kernel at every level.
+LEVEL_TESTS := -n 2 tests/python/ops/kvcache tests/python/bindings/test_second_derivatives.py \
+	$(addprefix tests/python/ops/test_,exact_shapes.py exact_masks.py exact_modifiers.py backward_shapes.py backward_masks.py) \
+	$(addprefix tests/python/ops/recurrent/test_,forms.py states.py selective_scan.py hgrn.py causal_conv1d.py)
 # The levels above scalar that nothing else is tested at.
 OTHER_LEVELS := from subquad import _native; found = _native.config(); print(*[x for x in found['levels'][1:] if x != found['level']])
 # The packages that carry the models of the demo.
@@ -60,10 +64,10 @@ test-debug: install-dev ## the kernels' Python tests with tiny blocks, against a
 	SUBQUAD_BLOCK_Q=1 SUBQUAD_BLOCK_K=8 $(PYTEST) $(KERNEL_TESTS)
 	$(BIN)/maturin develop --release
 
-test-python: install-dev install-fla ## Python tests: all, then the kernels' at every other level, once on one thread
-	$(PYTEST) tests/python
-	SUBQUAD_NUM_THREADS=1 SUBQUAD_ISA=scalar $(PYTEST) $(KERNEL_TESTS)
-	for level in $$($(BIN)/python -c "$(OTHER_LEVELS)"); do SUBQUAD_ISA=$$level $(PYTEST) $(KERNEL_TESTS) || exit 1; done
+test-python: install-dev install-fla ## Python tests: all, then sweeps at every other level, once on one thread
+	$(PYTEST) -n 2 tests/python
+	SUBQUAD_NUM_THREADS=1 SUBQUAD_ISA=scalar $(PYTEST) $(LEVEL_TESTS)
+	for level in $$($(BIN)/python -c "$(OTHER_LEVELS)"); do SUBQUAD_ISA=$$level $(PYTEST) $(LEVEL_TESTS) || exit 1; done
 
 test-slow: install-dev install-weights ## what takes minutes: real weights, long prompts, every model of transformers
 	$(PYTEST) -m "slow or zoo" tests/python
