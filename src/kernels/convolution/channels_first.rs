@@ -5,7 +5,7 @@
 use super::args::{ConvArgs, ConvOut, Run};
 use super::plan::runs_of;
 use crate::dtype::Float;
-use crate::math::load::{MAX_LANES, load_padded, store_padded};
+use crate::math::load::{MAX_LANES, load_padded, store_padded, widen};
 use crate::math::silu::silu;
 use crate::simd::{Isa, SimdElement, Task, Vector};
 use crate::workspace::{Scratch, carve};
@@ -61,16 +61,6 @@ pub(super) fn stage_past<T: SimdElement>(args: &ConvArgs<'_, T>, run: &Run, (cha
     let before = args.shape.width - 1;
     for (j, x) in line[..before].iter_mut().enumerate() {
         *x = args.token(run, channel, (at + j) as isize - before as isize);
-    }
-}
-
-/// Widens a row, with zeros up to the end of the last vector.
-#[inline(always)]
-pub(super) fn widen<T: SimdElement, I: Isa>(row: &[T], line: &mut [T::Acc]) {
-    let mut t = 0;
-    while t < row.len() {
-        load_padded::<T, I>(&row[t..]).store(&mut line[t..]);
-        t += T::V::<I>::LANES;
     }
 }
 

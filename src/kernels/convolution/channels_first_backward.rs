@@ -1,10 +1,10 @@
 //! Gradients where tokens are contiguous: the formulas of `tokens_first_backward`, with tokens in the lanes.
 
 use super::args::{ConvArgs, ConvGradients, ConvGradientsOut, Run};
-use super::channels_first::{Filter, SPAN, stage_past, widen};
+use super::channels_first::{Filter, SPAN, stage_past};
 use super::plan::runs_of;
 use crate::dtype::Float;
-use crate::math::load::{MAX_LANES, load_padded, store_padded};
+use crate::math::load::{MAX_LANES, load_padded, store_padded, widen};
 use crate::math::silu::silu_slope;
 use crate::parallel::RowWriter;
 use crate::simd::{Isa, SimdElement, Task, Vector, Wide};

@@ -5,12 +5,11 @@
 //! are kept, and the gradient of an input is done `W - 1` tokens after it.
 
 use super::args::{BLOCK, ConvArgs, ConvGradients, ConvGradientsOut, Run};
-use super::channels_first::widen;
 use super::plan::{Piece, Plan};
 use super::taps::{Taps, place};
 use super::tokens_first::{TILE, WINDOW};
 use crate::dtype::Float;
-use crate::math::load::{MAX_LANES, load_padded, store_padded};
+use crate::math::load::{MAX_LANES, load_padded, store_padded, widen};
 use crate::math::silu::silu_slope;
 use crate::parallel::RowWriter;
 use crate::simd::{Isa, SimdElement, Task, Vector, Wide, prefetch_lines};
