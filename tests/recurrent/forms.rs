@@ -1,6 +1,7 @@
 //! Chunks and steps against the definition, under every decay and rule.
 
 use crate::case::{Case, Fades, Writes, shape};
+use crate::compare::compare;
 use crate::stream::widen;
 use half::bf16;
 use subquad::dtype::Element;
@@ -29,13 +30,6 @@ where
 
 fn bits<T: Element>(x: &[T]) -> &[u8] {
     bytemuck::cast_slice(x)
-}
-
-fn compare(got: &[f64], want: &[f64], tolerance: f64, what: &str) {
-    let largest = want.iter().fold(1e-3, |most: f64, y| most.max(y.abs()));
-    for (i, (x, y)) in got.iter().zip(want).enumerate() {
-        assert!((x - y).abs() <= tolerance * largest, "[{i}] {x} != {y}: {what}");
-    }
 }
 
 fn sweep<T: SimdElement>(tolerance: f64)
