@@ -1,10 +1,12 @@
 """What tests of the array API share: inputs, libraries, the check against the oracle, new processes."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -34,6 +36,24 @@ DTYPES = {
 # What is differentiated beside `q`, `k` and `v`.
 TABLES = ("bias", "relative_bias", "alibi_slopes", "sinks")
 LIBRARIES = ("numpy", "torch", "jax", "dlpack")
+
+
+@pytest.fixture(scope="session")
+def load_example() -> Callable[[str], Any]:
+    """Loads a script of `examples/` as a module, by its name."""
+
+    def load_example(name: str) -> Any:
+        path = Path(__file__).parents[2] / "examples" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        # Dataclasses look their module up.
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    return load_example
 
 
 @pytest.fixture(params=DTYPES)

@@ -1,9 +1,5 @@
 """The example that fine-tunes a model, on a tiny one."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,18 +7,11 @@ pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 transformers = pytest.importorskip("transformers")
 
-PATH = Path(__file__).parents[2] / "examples" / "finetune_smollm2.py"
-
 
 @pytest.fixture(scope="module")
-def example():
+def example(load_example):
     """The example as a module."""
-    spec = importlib.util.spec_from_file_location("finetune_smollm2", PATH)
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_example("finetune_smollm2")
 
 
 @pytest.fixture

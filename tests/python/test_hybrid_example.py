@@ -1,26 +1,15 @@
 """The example that times a hybrid model, on a tiny one."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
-PATH = Path(__file__).parents[2] / "examples" / "hybrid_prefill.py"
-
 
 @pytest.fixture(scope="module")
-def example():
+def example(load_example):
     """The example as a module."""
-    spec = importlib.util.spec_from_file_location(PATH.stem, PATH)
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_example("hybrid_prefill")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
