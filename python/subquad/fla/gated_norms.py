@@ -33,12 +33,17 @@ def _norm_gated(
     residual: Tensor | None,
     *,
     activation: str,
+    prenorm: bool,
     residual_in_fp32: bool,
     eps: float,
     rms: bool,
-) -> tuple[Tensor, Tensor]:
+    linear: tuple[Tensor, Tensor | None] | None = None,
+) -> Normed:
     wide, total = summed(x, residual, in_fp32=residual_in_fp32)
-    return _gated(affine(wide, weight, bias, eps=eps, rms=rms), g, activation).to(x.dtype), total
+    normed = _gated(affine(wide, weight, bias, eps=eps, rms=rms), g, activation).to(x.dtype)
+    if linear is not None:
+        normed = projected(normed, *linear)
+    return (normed, total) if prenorm else normed
 
 
 def layer_norm_gated(
@@ -71,18 +76,18 @@ def layer_norm_gated(
     Raises:
         ValueError: for other activations, and shapes that do not fit.
     """
-    normed, total = _norm_gated(
+    return _norm_gated(
         x,
         g,
         weight,
         bias,
         residual,
         activation=activation,
+        prenorm=prenorm,
         residual_in_fp32=residual_in_fp32,
         eps=eps,
         rms=False,
     )
-    return (normed, total) if prenorm else normed
 
 
 def rms_norm_gated(
@@ -97,18 +102,18 @@ def rms_norm_gated(
     eps: float = 1e-6,
 ) -> Normed:
     """Computes `layer_norm_gated` with means as they are."""
-    normed, total = _norm_gated(
+    return _norm_gated(
         x,
         g,
         weight,
         bias,
         residual,
         activation=activation,
+        prenorm=prenorm,
         residual_in_fp32=residual_in_fp32,
         eps=eps,
         rms=True,
     )
-    return (normed, total) if prenorm else normed
 
 
 def layer_norm_swish_gate_linear(
@@ -124,19 +129,19 @@ def layer_norm_swish_gate_linear(
     eps: float = 1e-6,
 ) -> Normed:
     """Computes `linear(layer_norm_gated(x, g))` with the weights `[D, C]` and `[D]`; returns `[..., D]`, and the sum."""
-    normed, total = _norm_gated(
+    return _norm_gated(
         x,
         g,
         norm_weight,
         norm_bias,
         residual,
         activation="swish",
+        prenorm=prenorm,
         residual_in_fp32=residual_in_fp32,
         eps=eps,
         rms=False,
+        linear=(linear_weight, linear_bias),
     )
-    out = projected(normed, linear_weight, linear_bias)
-    return (out, total) if prenorm else out
 
 
 def rms_norm_swish_gate_linear(
@@ -152,19 +157,19 @@ def rms_norm_swish_gate_linear(
     eps: float = 1e-6,
 ) -> Normed:
     """Computes `layer_norm_swish_gate_linear` with means as they are."""
-    normed, total = _norm_gated(
+    return _norm_gated(
         x,
         g,
         norm_weight,
         norm_bias,
         residual,
         activation="swish",
+        prenorm=prenorm,
         residual_in_fp32=residual_in_fp32,
         eps=eps,
         rms=True,
+        linear=(linear_weight, linear_bias),
     )
-    out = projected(normed, linear_weight, linear_bias)
-    return (out, total) if prenorm else out
 
 
 def layernorm_fn(

@@ -68,12 +68,6 @@ def _with_seed(options: Options) -> Options:
     return options | {"dropout_seed": int(torch.randint(2**63 - 1, ()))}
 
 
-def _names_of_tensors(operator: Operator, options: Options) -> list[str]:
-    # Whether something is a tensor is a slow question.
-    given = [(name, options[name]) for name in operator.optional if options[name] is not None]
-    return [name for name, value in given if isinstance(value, torch.Tensor)] if given else []
-
-
 def _compute(
     operator: Operator, tensors: Sequence[Any], options: Options, way: Route, names: Sequence[str]
 ) -> Any:
@@ -92,7 +86,7 @@ def attention_as_it_is(q: Any, k: Any, v: Any, options: Options, *, return_lse: 
         if options[name] is not None:
             _refuse_gradient(name, options[name])
     options = _with_seed(options)
-    names = _names_of_tensors(ATTENTION, options)
+    names = ATTENTION.tensors_among(options)
     tensors = arguments = (q, k, v)
     if names or out is not None:
         arguments = (*tensors, *[options[name] for name in names], out)
@@ -117,7 +111,7 @@ def attention_varlen(
         _refuse_gradient("softcap", options["softcap"])
     if options["softmax_scale"] is not None:
         _refuse_gradient("softmax_scale", options["softmax_scale"])
-    names = _names_of_tensors(ATTENTION_VARLEN, options)
+    names = ATTENTION_VARLEN.tensors_among(options)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
     way = route((*tensors, *[options[name] for name in names]))
     if way is Route.EXTENSION:
@@ -188,7 +182,7 @@ def recurrent_as_it_is(
     """Computes what `subquad.ops.recurrent` asks of the extension, but does not cast."""
     options = with_defaults(options)
     _refuse_gradient("scale", options["scale"])
-    names = _names_of_tensors(RECURRENT, options)
+    names = RECURRENT.tensors_among(options)
     arguments = (q, k, v, *[options[name] for name in names])
     way = route(arguments)
     if way is Route.EXTENSION:
@@ -218,7 +212,7 @@ def causal_conv1d_as_it_is(
     x: Any, weight: Any, options: Options, *, output_final_state: bool
 ) -> tuple[Any, Any]:
     """Computes what `subquad.ops.convolution` asks of the extension, but does not cast."""
-    names = _names_of_tensors(CAUSAL_CONV1D, options)
+    names = CAUSAL_CONV1D.tensors_among(options)
     final_state = options["final_state"]
     arguments = (x, weight, *[options[name] for name in names], final_state)
     way = route(arguments)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from subquad import _native
-from subquad.torch.operator_row import NO_SECOND, WRT, Operator, Options, fake_gradients
+from subquad.torch.operator_row import NO_SECOND, WRT, Operator, Options, fake_gradients, without_results
 
 _OPTIONAL = ("bias", "residual", "initial_state", "seq_idx", "cu_seqlens")
 _OTHERS = {"silu": "bool", "tokens_first": "bool", "full_state": "bool"}
@@ -45,12 +45,6 @@ def _fake_causal_conv1d_backward(tensors: Sequence[Any], options: Options) -> An
     return fake_gradients(options | {"x": tensors[2], "weight": tensors[3]})
 
 
-def _backward_call(
-    gradients: Sequence[Any], _results: Sequence[Any], tensors: Sequence[Any], _options: Options
-) -> Sequence[Any]:
-    return (*gradients, *tensors)
-
-
 CAUSAL_CONV1D_BACKWARD = Operator(
     name="causal_conv1d_backward",
     tensors=("d_out?", "d_final_state?", "x", "weight"),
@@ -73,8 +67,7 @@ CAUSAL_CONV1D = Operator(
     compute=_causal_conv1d,
     fake=_fake_causal_conv1d,
     derivative=CAUSAL_CONV1D_BACKWARD,
-    derivative_call=_backward_call,
-    keeps_results=False,
+    derivative_call=without_results,
     autocast=frozenset({"x", "weight", "bias", "residual", "initial_state"}),
     missing="",
 )

@@ -20,6 +20,13 @@ def _after_results(
     return (*gradients, *results, *tensors)
 
 
+def without_results(
+    gradients: Sequence[Any], _results: Sequence[Any], tensors: Sequence[Any], _options: Options
+) -> Sequence[Any]:
+    """A `derivative_call` of rows that take no results."""
+    return (*gradients, *tensors)
+
+
 @dataclass(frozen=True)
 class Operator:
     """A row of the table.
@@ -37,7 +44,6 @@ class Operator:
             that are wanted.
         derivative_call: makes the tensors of a call of that row from the gradients of the results (`None` where there is none), the
             results, the tensors and the options.
-        keeps_results: whether it takes the results. Where it does not, they are not kept for it, and may be changed in place.
         missing: what is asked for in vain where there is no such row.
         follows: the tensors that the others determine: what gradients they have is part of those of the others.
         autocast: the tensors and options that autocast casts.
@@ -56,7 +62,6 @@ class Operator:
     derivative: Operator | None
     missing: str
     derivative_call: Callable[..., Sequence[Any]] = _after_results
-    keeps_results: bool = True
     follows: frozenset[str] = frozenset()
     # As of PyTorch's own attention.
     autocast: frozenset[str] = frozenset({"q", "k", "v", "bias"})
@@ -66,6 +71,17 @@ class Operator:
     def names(self) -> tuple[str, ...]:
         """The names of the tensors."""
         return tuple(name.rstrip("?") for name in self.tensors)
+
+    @property
+    def keeps_results(self) -> bool:
+        """Whether its derivative takes the results. Else they are not kept for it, and may be changed in place."""
+        return self.derivative_call is not without_results
+
+    def tensors_among(self, options: Options) -> list[str]:
+        """Returns the names of the options that are tensors in a call."""
+        # Whether something is a tensor is a slow question.
+        given = [(name, options[name]) for name in self.optional if options[name] is not None]
+        return [name for name, value in given if isinstance(value, torch.Tensor)] if given else []
 
     def wanted(self, names: Sequence[str], needed: Sequence[bool]) -> list[str]:
         """Returns the names of the gradients that have to be computed.

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 
 from subquad import _native
-from subquad.torch.operator_row import NO_SECOND, WRT, Operator, Options, fake_gradients, wide
+from subquad.torch.operator_row import (
+    NO_SECOND,
+    WRT,
+    Operator,
+    Options,
+    fake_gradients,
+    wide,
+    without_results,
+)
 
 _OPTIONAL = ("g", "gk", "g_gamma", "beta", "a", "b", "u", "initial_state", "cu_seqlens")
 _OTHERS = {
@@ -74,12 +82,6 @@ def _fake_recurrent_backward(tensors: Sequence[Any], options: Options) -> Any:
     return fake_gradients(options | dict(zip(("q", "k", "v"), tensors[2:], strict=True)))
 
 
-def _backward_call(
-    gradients: Sequence[Any], _results: Sequence[Any], tensors: Sequence[Any], _options: Options
-) -> Sequence[Any]:
-    return (*gradients, *tensors)
-
-
 RECURRENT_BACKWARD = Operator(
     name="recurrent_backward",
     tensors=("d_out?", "d_final_state?", "q", "k", "v"),
@@ -102,8 +104,7 @@ RECURRENT = Operator(
     compute=_recurrent,
     fake=_fake_recurrent,
     derivative=RECURRENT_BACKWARD,
-    derivative_call=_backward_call,
-    keeps_results=False,
+    derivative_call=without_results,
     autocast=frozenset({"q", "k", "v", "a", "b"}),
     missing="",
 )

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from subquad.torch import library
 from subquad.torch.functions import apply
 from subquad.torch.operator_row import Operator, Options
@@ -15,7 +13,7 @@ from subquad.torch.scan_operators import LINEAR_SCAN, SELECTIVE_SCAN
 
 
 def _compute(operator: Operator, tensors: Sequence[Any], options: Options) -> Any:
-    names = [name for name in operator.optional if isinstance(options[name], torch.Tensor)]
+    names = operator.tensors_among(options)
     way = route((*tensors, *[options[name] for name in names]))
     if way is Route.OPERATOR:
         return library.call(operator, tensors, options)

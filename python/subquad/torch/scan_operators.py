@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from subquad import _native
-from subquad.torch.operator_row import NO_SECOND, WRT, Operator, Options, wide
+from subquad.torch.operator_row import NO_SECOND, WRT, Operator, Options, fake_gradients, wide
 
 
 def _selective_scan(tensors: Sequence[Any], options: Options) -> Any:
@@ -34,8 +34,7 @@ def _selective_scan_backward(tensors: Sequence[Any], options: Options) -> Any:
 
 
 def _fake_selective_scan_backward(tensors: Sequence[Any], options: Options) -> Any:
-    arguments = options | dict(zip(("u", "delta", "A", "B", "C"), tensors[3:], strict=True))
-    return [arguments[name].new_empty(arguments[name].shape) for name in options["wrt"]]
+    return fake_gradients(options | dict(zip(("u", "delta", "A", "B", "C"), tensors[3:], strict=True)))
 
 
 def _selective_scan_call(
@@ -108,8 +107,7 @@ def _linear_scan_backward(tensors: Sequence[Any], options: Options) -> Any:
 
 def _fake_linear_scan_backward(tensors: Sequence[Any], options: Options) -> Any:
     # Gradients of inputs are like outputs.
-    arguments = options | dict(zip(("x", "g"), tensors[2:], strict=True))
-    return [arguments[name].new_empty(arguments[name].shape) for name in options["wrt"]]
+    return fake_gradients(options | dict(zip(("x", "g"), tensors[2:], strict=True)))
 
 
 def _linear_scan_call(
