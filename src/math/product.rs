@@ -51,27 +51,57 @@ pub fn add_product<T: SimdElement, I: Isa>(
     sums: (&mut [T::Acc], usize),
     size: [usize; 3],
 ) {
-    I::call(Product::<T> { scale: None, factors, matrix, sums, size });
+    I::call(Product::<T> { start: Start::Sums, factors, matrix, sums, size });
 }
 
-/// As [`add_product`], to `scale[i] * sums[i]`, as if all were finite.
+/// As [`add_product`], in the place of the sums, and as if all were finite.
 #[inline(always)]
-pub fn scale_and_add<T: SimdElement, I: Isa>(
-    scale: Option<&[T::Acc]>,
+pub fn set_product<T: SimdElement, I: Isa>(
     factors: Factors<'_, T::Acc>,
     matrix: Rows<'_, T::Acc>,
     sums: (&mut [T::Acc], usize),
     size: [usize; 3],
 ) {
-    I::call(Product::<T> { scale, factors, matrix: Rows { finite: true, ..matrix }, sums, size });
+    I::call(Product::<T> { start: Start::Zeros, factors, matrix, sums, size });
 }
 
-struct Product<'a, T: SimdElement> {
-    scale: Option<&'a [T::Acc]>,
-    factors: Factors<'a, T::Acc>,
-    matrix: Rows<'a, T::Acc>,
-    sums: (&'a mut [T::Acc], usize),
-    size: [usize; 3],
+/// What sums begin with.
+#[derive(Clone, Copy)]
+pub enum Start<'a, E> {
+    /// Themselves.
+    Sums,
+    /// Nothing.
+    Zeros,
+    /// Themselves, each row times a factor.
+    Faded(&'a [E]),
+    /// Another matrix with the same distance between rows, each row times a factor.
+    FadedFrom(&'a [E], &'a [E]),
+}
+
+impl<'a, E> Start<'a, E> {
+    /// For the block that begins with a row, at an element.
+    #[inline(always)]
+    fn at(self, row: usize, element: usize) -> Self {
+        match self {
+            Self::Faded(fades) => Self::Faded(&fades[row..]),
+            Self::FadedFrom(fades, from) => Self::FadedFrom(&fades[row..], &from[element..]),
+            same => same,
+        }
+    }
+}
+
+/// `sums[i][n] = start[i][n] + sum over k < depth of factors[i][k] * matrix[k][n]`, in order of `k`.
+pub struct Product<'a, T: SimdElement> {
+    /// What is added to. If not to sums, all of the matrix counts as finite.
+    pub start: Start<'a, T::Acc>,
+    /// `[rows, depth]`.
+    pub factors: Factors<'a, T::Acc>,
+    /// `[depth, width]`.
+    pub matrix: Rows<'a, T::Acc>,
+    /// `[rows, width]`, and elements from one row to the next.
+    pub sums: (&'a mut [T::Acc], usize),
+    /// Rows, a multiple of [`ROW_STEP`], depth, and width, see [`row_width`].
+    pub size: [usize; 3],
 }
 
 impl<T: SimdElement> Routine for Product<'_, T> {
@@ -79,8 +109,8 @@ impl<T: SimdElement> Routine for Product<'_, T> {
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let Self { scale, factors, matrix, sums: (sums, stride), size: [rows, depth, width] } = self;
-        if !matrix.finite {
+        let Self { start, factors, matrix, sums: (sums, stride), size: [rows, depth, width] } = self;
+        if !matrix.finite && matches!(start, Start::Sums) {
             add_seen::<T, I>(factors, matrix, (sums, stride), [rows, depth, width]);
             return;
         }
@@ -93,13 +123,13 @@ impl<T: SimdElement> Routine for Product<'_, T> {
             let mut i = 0;
             while i < rows {
                 let factors = Factors { data: &factors.data[i * factors.row..], ..factors };
-                let scale = scale.map(|scale| &scale[i..]);
+                let start = start.at(i, i * stride + n);
                 let sums = (&mut sums[i * stride + n..], stride);
                 i += match (I::REGISTERS >= 32 && i + 2 * ROW_STEP <= rows, two) {
-                    (true, true) => block::<T, I, { 2 * ROW_STEP }, 2>(scale, factors, columns, sums, depth),
-                    (true, false) => block::<T, I, { 2 * ROW_STEP }, 1>(scale, factors, columns, sums, depth),
-                    (false, true) => block::<T, I, ROW_STEP, 2>(scale, factors, columns, sums, depth),
-                    (false, false) => block::<T, I, ROW_STEP, 1>(scale, factors, columns, sums, depth),
+                    (true, true) => block::<T, I, { 2 * ROW_STEP }, 2>(start, factors, columns, sums, depth),
+                    (true, false) => block::<T, I, { 2 * ROW_STEP }, 1>(start, factors, columns, sums, depth),
+                    (false, true) => block::<T, I, ROW_STEP, 2>(start, factors, columns, sums, depth),
+                    (false, false) => block::<T, I, ROW_STEP, 1>(start, factors, columns, sums, depth),
                 };
             }
             n += if two { 2 * lanes } else { lanes };
@@ -110,7 +140,7 @@ impl<T: SimdElement> Routine for Product<'_, T> {
 /// Handles `N` vectors of `M` rows; returns `M`.
 #[inline(always)]
 fn block<T: SimdElement, I: Isa, const M: usize, const N: usize>(
-    scale: Option<&[T::Acc]>,
+    start: Start<'_, T::Acc>,
     factors: Factors<'_, T::Acc>,
     matrix: Rows<'_, T::Acc>,
     (sums, stride): (&mut [T::Acc], usize),
@@ -120,9 +150,12 @@ fn block<T: SimdElement, I: Isa, const M: usize, const N: usize>(
     let mut acc = [[T::V::<I>::splat(T::Acc::ZERO); N]; M];
     for (r, row) in acc.iter_mut().enumerate() {
         for (v, sum) in row.iter_mut().enumerate() {
-            *sum = T::V::<I>::load(&sums[r * stride + v * lanes..]);
-            if let Some(scale) = scale {
-                *sum = sum.mul(T::V::<I>::splat(scale[r]));
+            let at = r * stride + v * lanes;
+            match start {
+                Start::Zeros => {}
+                Start::Sums => *sum = T::V::<I>::load(&sums[at..]),
+                Start::Faded(fades) => *sum = T::V::<I>::load(&sums[at..]).mul(T::V::<I>::splat(fades[r])),
+                Start::FadedFrom(fades, from) => *sum = T::V::<I>::load(&from[at..]).mul(T::V::<I>::splat(fades[r])),
             }
         }
     }

@@ -141,6 +141,7 @@ impl<T: Element> Case<T> {
                 in_place,
                 v_first: self.v_first,
             },
+            kept: None,
         };
         self.with_args(|args| form(args, &writers));
         drop(writers);

@@ -3,7 +3,7 @@
 use crate::case::{Case, Fades, Writes, shape};
 use crate::stream::Stream;
 use subquad::kernels::recurrent::backward::{BackwardArgs, Gradients, backward};
-use subquad::kernels::recurrent::{Numbers, RecurrentShape, naive};
+use subquad::kernels::recurrent::{Form, Numbers, RecurrentOut, RecurrentShape, States, forward, naive};
 use subquad::parallel::RowWriter;
 use subquad::simd::Level;
 use subquad::tensor::Tensor;
@@ -34,6 +34,11 @@ fn has(case: &Case<f64>, name: &str) -> bool {
         "bonus" => case.writes == Writes::ValuesWithBonus,
         _ => true,
     }
+}
+
+fn writer(data: &mut [f64], shape: [usize; 4]) -> RowWriter<'_, f64> {
+    let [_, seqlen, heads, width] = shape;
+    RowWriter::new(data, shape, [seqlen * heads * width, heads * width, width])
 }
 
 struct Check {
@@ -74,14 +79,13 @@ impl Check {
             let strides = [seqlen * num_heads * head_dim, num_heads * head_dim, head_dim];
             RowWriter::new(data, [batch, seqlen, num_heads, head_dim], strides)
         };
-        let of_values =
-            |data, width| RowWriter::new(data, [batch, seqlen, heads, width], [seqlen * heads * width, heads * width, width]);
+        let of_values = |width| [batch, seqlen, heads, width];
         let gradients = Gradients {
             q: of_keys(&mut q),
             k: of_keys(&mut k),
-            v: of_values(&mut v, head_dim_v),
-            gates: has(case, "gates").then(|| of_values(&mut g, gates)),
-            beta: has(case, "beta").then(|| of_values(&mut beta, 1)),
+            v: writer(&mut v, of_values(head_dim_v)),
+            gates: has(case, "gates").then(|| writer(&mut g, of_values(gates))),
+            beta: has(case, "beta").then(|| writer(&mut beta, of_values(1))),
             low_rank: has(case, "a").then(|| [of_keys(&mut a), of_keys(&mut b)]),
             bonus: has(case, "bonus").then(|| {
                 let strides = [heads * chunks * head_dim, chunks * head_dim, head_dim];
@@ -91,9 +95,18 @@ impl Check {
         };
         case.with_args(|args| {
             let state = |data| Some(Numbers::Acc(Tensor::contiguous("state", data, states).unwrap()));
+            let (mut out, mut kept) = (zeros(case.v.len()), zeros(case.v.len()));
+            let writers = RecurrentOut {
+                out: writer(&mut out, of_values(head_dim_v)),
+                states: States { initial: state(&case.initial), last: None, in_place: false, v_first: false },
+                kept: Some(writer(&mut kept, of_values(head_dim_v))),
+            };
+            forward(args, &writers, Form::Auto, level, threads);
+            drop(writers);
             let args = BackwardArgs {
                 forward: *args,
                 initial: state(&case.initial),
+                kept: Some(Tensor::contiguous("kept", &kept, [batch, seqlen, heads, head_dim_v]).unwrap()),
                 d_out: Tensor::contiguous("do", &self.d_out, [batch, seqlen, heads, head_dim_v]).unwrap(),
                 d_last: state(&self.d_last),
             };

@@ -39,9 +39,12 @@ pub fn run<T: SimdElement, I: Isa>(
         for (i, number) in heads.clone().enumerate() {
             let head = Head { index: number, ..start.at(first) };
             let state = &mut states[i * len..][..len];
-            head.load_rows::<I>(&mut work, true);
+            head.load_rows::<I>(&mut work);
             head.fade::<I>(&mut work, true);
             head.solve::<I>(state, &mut work);
+            if let Some(kept) = &out.kept {
+                head.keep::<I>(&work, kept);
+            }
             output::<T, I>(&head, state, &mut work, out);
             head.update::<I>(&work, state);
         }

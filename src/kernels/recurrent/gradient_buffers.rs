@@ -22,8 +22,7 @@ pub struct Work<'s, A> {
     pub gates: &'s mut [A],
     pub end: &'s mut [A],
     pub unfade: UnfadeScratch<'s, A>,
-    /// `[chunk, stride_v]` each: values, gradients of outputs, and of what is written by each right.
-    pub values: &'s mut [A],
+    /// `[chunk, stride_v]` each: gradients of outputs, and of what is written by each right.
     pub d_out: &'s mut [A],
     pub d_written: [&'s mut [A]; 2],
     /// `[width_v, stride]`: a state transposed.
@@ -39,7 +38,7 @@ pub fn work_len<T: SimdElement>(head: &Head<'_, T>) -> usize {
         + 2 * BLOCK * stride
         + 4 * chunk * chunk
         + (MAX_CHUNK / BLOCK + 3) * width
-        + 4 * chunk * head.stride_v
+        + 3 * chunk * head.stride_v
         + head.width_v * stride
         + 2 * head.width_v * chunk
 }
@@ -69,7 +68,6 @@ impl<'s, A: Float> Work<'s, A> {
                 total: take(width),
                 ratio: take(width),
             },
-            values: take(chunk * head.stride_v),
             d_out: take(chunk * head.stride_v),
             d_written: [take(chunk * head.stride_v), take(chunk * head.stride_v)],
             columns: take(head.width_v * stride),

@@ -5,10 +5,11 @@ use super::rows::HeadRows;
 use super::{Decay, Numbers, RecurrentArgs, Rule, Sequence};
 use crate::dtype::Float;
 use crate::math::elementwise::{are_finite, multiply, scale, subtract_and_scale};
-use crate::math::load::MAX_LANES;
-use crate::math::product::{Factors, ROW_STEP, Rows, add_product, row_width, scale_and_add};
+use crate::math::load::{MAX_LANES, store_scaled};
+use crate::math::product::{Factors, Product, ROW_STEP, Rows, Start, add_product, row_width, set_product};
 use crate::math::triangular::substitute;
 use crate::simd::{Isa, SimdElement, Wide};
+use crate::parallel::RowWriter;
 use crate::tensor::Tensor;
 use crate::workspace::carve;
 use std::f64::consts::LOG2_E;
@@ -35,6 +36,8 @@ pub struct Head<'a, T: SimdElement> {
     pub width_v: usize,
     /// Elements from one row of values, or of the state, to the next.
     pub stride_v: usize,
+    /// Tokens from a row to the one that is requested when it is loaded.
+    pub ahead: isize,
     /// First token.
     pub first: usize,
     /// Tokens.
@@ -67,7 +70,7 @@ pub struct Chunk<'s, A> {
     pub alpha: &'s mut [A],
     /// `[chunk, stride_v]`: what is written by the keys.
     pub written: &'s mut [A],
-    /// `[chunk, stride_v]`: what the low-rank part reads and writes; what the delta rule writes before `beta`.
+    /// `[chunk, stride_v]`: what the low-rank part reads and writes; what others write before `beta`.
     pub extra: &'s mut [A],
     /// `[chunk, stride_v]`.
     pub sums: &'s mut [A],
@@ -142,7 +145,7 @@ where
     pub fn new(args: &'a RecurrentArgs<'a, T>, sequence: Sequence, head: usize, chunk: usize) -> Self {
         let (width, width_v) = (row_width(args.shape.head_dim), row_width(args.shape.head_dim_v));
         let size = Size { rows: 0, chunk, width, stride: stride_of(width) };
-        Self { args, sequence, index: head, size, width_v, stride_v: stride_of(width_v), first: 0, count: 0 }
+        Self { args, sequence, index: head, size, width_v, stride_v: stride_of(width_v), ahead: chunk as isize, first: 0, count: 0 }
     }
 
     /// The head at the chunk from token `first` on.
@@ -158,39 +161,46 @@ where
         self.size.width * self.stride_v
     }
 
-    /// Loads the rows, those of the queries if they are to read.
+    /// Loads all rows, and the values.
     #[inline(always)]
-    pub fn load_rows<I: Isa>(&self, work: &mut Chunk<'_, T::Acc>, queries: bool) {
-        let args = self.args;
-        if queries {
-            self.load::<I>(args.queries(self.index), work.lefts[0].rows);
+    pub fn load_rows<I: Isa>(&self, work: &mut Chunk<'_, T::Acc>) {
+        self.load_keys::<I>(work);
+        self.load_readers::<I>(work);
+        self.load_values::<I>(self.args.v, work.written);
+    }
+
+    /// Loads the rows that are written, and the factors of what is.
+    #[inline(always)]
+    pub fn load_keys<I: Isa>(&self, work: &mut Chunk<'_, T::Acc>) {
+        self.load::<I>(self.args.keys(self.index), work.rights[0].rows);
+        if let Rule::LowRank { b, .. } = &self.args.rule {
+            self.load::<I>(self.args.plain(*b, self.index), work.rights[1].rows);
         }
-        self.load::<I>(args.keys(self.index), work.rights[0].rows);
-        match &args.rule {
+        work.betas = self.betas();
+    }
+
+    /// Loads the rows that read, after those that are written.
+    #[inline(always)]
+    pub fn load_readers<I: Isa>(&self, work: &mut Chunk<'_, T::Acc>) {
+        self.load::<I>(self.args.queries(self.index), work.lefts[0].rows);
+        match &self.args.rule {
             Rule::Additive(_) => {}
             Rule::Delta(_) => {
                 let len = self.size.rows * self.size.stride;
                 work.lefts[1].rows[..len].copy_from_slice(&work.rights[0].rows[..len]);
             }
-            Rule::LowRank { a, b } => {
-                self.load::<I>(args.plain(*a, self.index), work.lefts[1].rows);
-                self.load::<I>(args.plain(*b, self.index), work.rights[1].rows);
-            }
+            Rule::LowRank { a, .. } => self.load::<I>(self.args.plain(*a, self.index), work.lefts[1].rows),
         }
-        self.load_values::<I>(args.v, work.written);
-        if queries {
-            work.bonus = self.bonus(work.lefts[0].rows, work.rights[0].rows);
-        }
-        work.betas = self.betas();
+        work.bonus = self.bonus(work.lefts[0].rows, work.rights[0].rows);
     }
 
-    /// Forms the products of the rows that are loaded, and fades them.
+    /// Fades the rows that are loaded, and forms the products of those that read.
     #[inline(always)]
-    pub fn fade<I: Isa>(&self, work: &mut Chunk<'_, T::Acc>, queries: bool) {
+    pub fn fade<I: Isa>(&self, work: &mut Chunk<'_, T::Acc>, readers: bool) {
         let mut sums = [0.0; MAX_CHUNK + 1];
         let gates = self.gates::<I>(&mut sums, work.gates);
         let [lefts, rights] = work.counts;
-        let (lefts, rights) = (&mut work.lefts[usize::from(!queries)..lefts], &mut work.rights[..rights]);
+        let (lefts, rights) = (&mut work.lefts[..if readers { lefts } else { 0 }], &mut work.rights[..rights]);
         I::call(Fade { size: self.size, gates, lefts, rights, scratch: &mut work.scratch, alpha: work.alpha });
     }
 
@@ -225,6 +235,35 @@ where
         }
     }
 
+    /// What [`Head::solve`] has found, from the rows that [`Head::keep`] has kept of it.
+    #[inline(always)]
+    pub fn recall<I: Isa>(&self, kept: Option<Tensor<'_, T>>, work: &mut Chunk<'_, T::Acc>) {
+        let kept = || kept.expect("what rules read of the state was kept");
+        match &self.args.rule {
+            Rule::Additive(None) => self.load_values::<I>(self.args.v, work.written),
+            Rule::Additive(Some(_)) => self.load_values::<I>(self.args.v, work.extra),
+            Rule::Delta(_) => self.load_values::<I>(kept(), work.extra),
+            Rule::LowRank { .. } => {
+                self.load_values::<I>(self.args.v, work.written);
+                self.load_values::<I>(kept(), work.extra);
+            }
+        }
+        if matches!(self.args.rule, Rule::Additive(Some(_)) | Rule::Delta(_)) {
+            let len = self.size.rows * self.stride_v;
+            work.written[..len].copy_from_slice(&work.extra[..len]);
+            self.scale_rows::<I>(work.written, &work.betas);
+        }
+    }
+
+    /// Keeps what depends on the state of what was found.
+    #[inline(always)]
+    pub fn keep<I: Isa>(&self, work: &Chunk<'_, T::Acc>, into: &RowWriter<'_, T>) {
+        for i in 0..self.count {
+            let row = into.row(self.sequence.batch, self.sequence.first + self.first + i, self.index);
+            store_scaled::<T, I>(&work.extra[i * self.stride_v..][..self.width_v], T::Acc::from_f64(1.0), row);
+        }
+    }
+
     /// Multiplies rows of values by a factor each.
     #[inline(always)]
     pub fn scale_rows<I: Isa>(&self, rows: &mut [T::Acc], factors: &[T::Acc; MAX_CHUNK]) {
@@ -236,17 +275,25 @@ where
     /// Fades the state, and writes to it.
     #[inline(always)]
     pub fn update<I: Isa>(&self, work: &Chunk<'_, T::Acc>, state: &mut [T::Acc]) {
-        let mut alpha = Some(&*work.alpha);
+        self.write::<I>(work, Start::Faded(work.alpha), state);
+    }
+
+    /// Makes the state behind the chunk of that before it.
+    #[inline(always)]
+    pub fn update_from<I: Isa>(&self, work: &Chunk<'_, T::Acc>, before: &[T::Acc], after: &mut [T::Acc]) {
+        self.write::<I>(work, Start::FadedFrom(work.alpha, before), after);
+    }
+
+    #[inline(always)]
+    fn write<I: Isa>(&self, work: &Chunk<'_, T::Acc>, mut start: Start<'_, T::Acc>, state: &mut [T::Acc]) {
         for (right, written) in work.rights[..work.counts[1]].iter().zip([&*work.written, &*work.extra]) {
-            let factors = Factors { data: right.columns, row: self.size.chunk, step: 1 };
-            let size = [self.args.shape.head_dim.next_multiple_of(ROW_STEP), self.size.rows, self.width_v];
-            scale_and_add::<T::Acc, I>(
-                alpha.take(),
-                factors,
-                Rows::new(written, self.stride_v),
-                (&mut *state, self.stride_v),
-                size,
-            );
+            I::call(Product::<T::Acc> {
+                start: std::mem::replace(&mut start, Start::Sums),
+                factors: Factors { data: right.columns, row: self.size.chunk, step: 1 },
+                matrix: Rows::new(written, self.stride_v),
+                sums: (&mut *state, self.stride_v),
+                size: [self.args.shape.head_dim.next_multiple_of(ROW_STEP), self.size.rows, self.width_v],
+            });
         }
     }
 
@@ -256,7 +303,7 @@ where
         for (i, row) in into.chunks_exact_mut(self.size.stride).enumerate().take(self.size.rows) {
             let row = &mut row[..self.size.width];
             if i < self.count {
-                from.prefetch(&self.sequence, self.first + i + self.size.chunk);
+                from.prefetch(&self.sequence, (self.first + i).wrapping_add_signed(self.ahead));
                 from.read::<I>(&self.sequence, self.first + i, row);
             } else {
                 row.fill(T::Acc::ZERO);
@@ -271,7 +318,7 @@ where
         for (i, row) in into.chunks_exact_mut(self.stride_v).enumerate().take(self.size.rows) {
             let row = &mut row[..self.width_v];
             if i < self.count {
-                values.prefetch(&self.sequence, self.first + i + self.size.chunk);
+                values.prefetch(&self.sequence, (self.first + i).wrapping_add_signed(self.ahead));
                 values.read::<I>(&self.sequence, self.first + i, row);
             } else {
                 row.fill(T::Acc::ZERO);
@@ -340,10 +387,9 @@ where
     #[inline(always)]
     pub fn read<I: Isa>(&self, state: &[T::Acc], left: &[T::Acc], into: &mut [T::Acc]) {
         let Size { rows, stride, .. } = self.size;
-        into[..rows * self.stride_v].fill(T::Acc::ZERO);
         let factors = Factors { data: left, row: stride, step: 1 };
         let state = Rows::new(state, self.stride_v);
-        add_product::<T::Acc, I>(factors, state, (into, self.stride_v), [rows, self.args.shape.head_dim, self.width_v]);
+        set_product::<T::Acc, I>(factors, state, (into, self.stride_v), [rows, self.args.shape.head_dim, self.width_v]);
     }
 
     /// Adds what rows meet of what is written in the chunk.

@@ -28,6 +28,7 @@
 //!
 //! The state and all sums are of the accumulators' type. Results do not depend on the number of threads.
 
+mod apart;
 mod args;
 pub mod backward;
 mod chunk;
@@ -54,6 +55,9 @@ pub struct RecurrentOut<'a, T: Element> {
     pub out: RowWriter<'a, T>,
     /// The states.
     pub states: States<'a, T>,
+    /// `[B, T, HV, V]`: what the backward needs of rules that read the state: what is written before `beta` (delta), or what is read (low
+    /// rank). Sequences are worked through in chunks then.
+    pub kept: Option<RowWriter<'a, T>>,
 }
 
 /// Sequences of up to so many tokens are worked through one by one: a chunk would be mostly empty.
@@ -104,9 +108,10 @@ where
         let heads = first..heads.min(first + self.group);
         let few = self.args.sequences[number].len <= FEW_TOKENS;
         let chunk = match self.form {
+            Form::Chunks(size) => Some(size),
+            _ if self.out.kept.is_some() => Some(CHUNK),
             Form::Steps => None,
             Form::Auto => (!few).then_some(CHUNK),
-            Form::Chunks(size) => Some(size),
         };
         match chunk {
             Some(size) => chunk::run::<T, I>(self.args, self.out, number, heads, size),

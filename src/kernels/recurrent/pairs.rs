@@ -9,7 +9,7 @@
 use super::head::{BLOCK, MAX_CHUNK};
 use crate::math::elementwise::{add, add_scaled, decay, decays, fade_away, multiply, multiply_decays, scale, transpose};
 use crate::math::load::MAX_LANES;
-use crate::math::product::{Factors, Rows, add_product};
+use crate::math::product::{Factors, Rows, add_product, set_product};
 use crate::simd::{Isa, Routine, Vector, Wide};
 
 /// Powers of two by which right rows are brought back at most: their exponents are then exact to `LIMIT` units in the last place of 1.
@@ -132,10 +132,9 @@ fn by_step<E: Wide, I: Isa>(
         for (products, right) in left.products.iter_mut().zip(rights.iter()) {
             for first in (0..rows).step_by(BLOCK) {
                 let products = &mut products[first * chunk..];
-                products[..BLOCK * chunk].fill(E::ZERO);
                 let factors = Factors { data: &left.rows[first * stride..], row: stride, step: 1 };
                 let matrix = Rows::new(right.columns, chunk);
-                add_product::<E, I>(factors, matrix, (products, chunk), [BLOCK, width, first + BLOCK]);
+                set_product::<E, I>(factors, matrix, (products, chunk), [BLOCK, width, first + BLOCK]);
             }
         }
     }
@@ -186,7 +185,7 @@ fn by_channel<E: Wide, I: Isa>(
     alpha: &mut [E],
 ) {
     let Size { rows, chunk, width, stride } = size;
-    let count = rights.len();
+    let (count, read) = (rights.len(), !lefts.is_empty());
     alpha.fill(E::from_f64(1.0));
     for (block, first) in (0..rows).step_by(BLOCK).enumerate() {
         let span = first * stride..(first + BLOCK) * stride;
@@ -197,7 +196,7 @@ fn by_channel<E: Wide, I: Isa>(
                 products[first * chunk..][..BLOCK * chunk].fill(E::ZERO);
             }
         }
-        for d in (0..width).filter(|&d| scratch.total[d].to_f64() < -LIMIT) {
+        for d in (0..width).filter(|&d| read && scratch.total[d].to_f64() < -LIMIT) {
             let fades = fades_of::<E, I>(gates, (d, stride));
             for (number, right) in rights.iter().enumerate() {
                 let right = &right.rows[span.clone()];
@@ -215,7 +214,7 @@ fn by_channel<E: Wide, I: Isa>(
             let columns = (&mut right.columns[first..], chunk);
             transpose::<E, I>((&right.rows[span.clone()], stride), columns, [BLOCK, width]);
         }
-        for (number, right) in rights.iter().enumerate() {
+        for (number, right) in rights.iter().enumerate().filter(|_| read) {
             for from in (0..=block).rev() {
                 next_ratio::<E, I>((block, from), scratch.blocks, scratch.total, scratch.ratio);
                 scaled_block(scratch.ratio, (right.columns, scratch.columns, chunk), from);

@@ -6,7 +6,7 @@
 
 use super::head::{BLOCK, MAX_CHUNK};
 use super::pairs::{Gates, LIMIT, Size, fade_backwards, fade_forwards, fades_of, next_ratio, power, sum_rows};
-use crate::math::elementwise::{add_product_of, add_scaled, decays, fade_away, multiply, multiply_decays, scale};
+use crate::math::elementwise::{add, add_product_of, add_scaled, decays, dot, fade_away, multiply, multiply_decays, scale, sum};
 use crate::math::product::{Factors, Rows, add_product};
 use crate::simd::{Isa, Routine, Wide};
 
@@ -18,6 +18,8 @@ pub struct LeftGradient<'s, E> {
     pub gradient: &'s mut [E],
     /// As in the forward.
     pub exclusive: bool,
+    /// `[chunk, chunk]` with each right: the products as they were in the forward; scratch afterwards.
+    pub met: [&'s mut [E]; 2],
     /// `[chunk, chunk]` with each right: of the products, 0 where rows do not meet; scratch afterwards.
     pub products: [&'s mut [E]; 2],
 }
@@ -57,7 +59,7 @@ pub struct Unfade<'c, 's, 'w, E> {
     pub scratch: &'c mut UnfadeScratch<'w, E>,
     /// `[width]`: the gradient of what the state fades by, times that.
     pub end: &'c mut [E],
-    /// `[chunk, stride]`: what each row's gate contributes is written here; for one gate of all channels it is to be summed over them.
+    /// Of the gates: `[chunk, stride]` for those of channels, `[chunk]` for those of steps.
     pub gate_gradient: &'c mut [E],
 }
 
@@ -68,60 +70,22 @@ impl<E: Wide> Routine for Unfade<'_, '_, '_, E> {
     fn run<I: Isa>(self) {
         let Self { size, gates, lefts, rights, scratch, end, gate_gradient } = self;
         match gates {
-            Gates::None => by_step::<E, I>(size, None, lefts, rights, end),
-            Gates::Steps(sums) => by_step::<E, I>(size, Some(sums), lefts, rights, end),
-            Gates::Channels(gates) => by_channel::<E, I>(size, gates, lefts, rights, scratch, end),
-        }
-        let Size { rows, width, stride, .. } = size;
-        // From the last row on, `end` is the gradient of the sum of the gates up to a row.
-        for i in (0..rows).rev() {
-            let at = |i: usize| i * stride..i * stride + width;
-            for right in rights.iter() {
-                add_product_of::<E, I>(end, &right.rows[at(i)], &right.gradient[at(i)], E::from_f64(-1.0));
+            Gates::None => {}
+            Gates::Steps(sums) => by_step::<E, I>(size, sums, lefts, rights, (end, gate_gradient)),
+            Gates::Channels(gates) => {
+                by_channel::<E, I>(size, gates, lefts, rights, scratch, end);
+                of_channels::<E, I>(size, lefts, rights, (end, gate_gradient));
+                return;
             }
-            for left in lefts.iter() {
-                let reader = if left.exclusive { i + 1 } else { i };
-                if reader < rows {
-                    add_product_of::<E, I>(end, &left.rows[at(reader)], &left.gradient[at(reader)], E::from_f64(1.0));
-                }
-            }
-            gate_gradient[at(i)].copy_from_slice(end);
         }
+        of_products::<E, I>(size, lefts, rights);
     }
 }
 
+/// Adds the gradients of products to those of their rows, where one weight belongs to each.
 #[inline(always)]
-fn by_step<E: Wide, I: Isa>(
-    size: Size,
-    sums: Option<&[f64; MAX_CHUNK + 1]>,
-    lefts: &mut [LeftGradient<'_, E>],
-    rights: &mut [RightGradient<'_, E>],
-    end: &mut [E],
-) {
+fn of_products<E: Wide, I: Isa>(size: Size, lefts: &mut [LeftGradient<'_, E>], rights: &mut [RightGradient<'_, E>]) {
     let Size { rows, chunk, width, stride } = size;
-    let (mut exponents, mut weights) = ([E::ZERO; MAX_CHUNK], [E::ZERO; MAX_CHUNK]);
-    if let Some(sums) = sums {
-        for i in 0..rows {
-            let factor = power::<E, I>(sums[rows] - sums[i + 1]);
-            for right in rights.iter_mut() {
-                let gradient = &mut right.gradient[i * stride..][..width];
-                scale::<E, I>(gradient, factor);
-                add_product_of::<E, I>(end, gradient, &right.rows[i * stride..][..width], E::from_f64(1.0));
-            }
-            let last = (i / BLOCK + 1) * BLOCK;
-            for left in lefts.iter_mut() {
-                let own = if left.exclusive { sums[i] } else { sums[i + 1] };
-                for (exponent, before) in exponents[..last].iter_mut().zip(&sums[1..]) {
-                    *exponent = E::from_f64((own - before).min(0.0));
-                }
-                decays::<E, I>(&exponents[..last], &mut weights[..last]);
-                for products in left.products.iter_mut().take(rights.len()) {
-                    multiply::<E, I>(&mut products[i * chunk..][..last], &weights[..last]);
-                }
-                scale::<E, I>(&mut left.gradient[i * stride..][..width], power::<E, I>(own));
-            }
-        }
-    }
     for left in lefts.iter_mut() {
         for (products, right) in left.products.iter().zip(rights.iter_mut()) {
             for first in (0..rows).step_by(BLOCK) {
@@ -134,6 +98,94 @@ fn by_step<E: Wide, I: Isa>(
                 add_product::<E, I>(factors, readers, gradient, [BLOCK, rows - first, width]);
             }
         }
+    }
+}
+
+/// From gradients of faded rows and products to those of the rows as they are, all but what products add, and of the gates.
+///
+/// The gradient of a gate is the sum of all that fades across it: pairs of a row before it that is written and one behind it that reads,
+/// rows behind it that read the state before the chunk, rows before it that are written to the end, and that state itself. As
+/// a difference of what reads and what is written it would cancel.
+#[inline(always)]
+fn by_step<E: Wide, I: Isa>(
+    size: Size,
+    sums: &[f64; MAX_CHUNK + 1],
+    lefts: &mut [LeftGradient<'_, E>],
+    rights: &mut [RightGradient<'_, E>],
+    (end, gate_gradient): (&[E], &mut [E]),
+) {
+    let Size { rows, chunk, width, stride } = size;
+    let mut writes = [0.0; MAX_CHUNK + 1];
+    for i in 0..rows {
+        let factor = power::<E, I>(sums[rows] - sums[i + 1]);
+        writes[i + 1] = writes[i];
+        for right in rights.iter_mut() {
+            let gradient = &mut right.gradient[i * stride..][..width];
+            scale::<E, I>(gradient, factor);
+            writes[i + 1] += dot::<E, I>(gradient, &right.rows[i * stride..][..width]);
+        }
+    }
+    let (mut exponents, mut weights) = ([E::ZERO; MAX_CHUNK], [E::ZERO; MAX_CHUNK]);
+    let mut reads = [0.0; MAX_CHUNK + 1];
+    for i in 0..rows {
+        let last = (i / BLOCK + 1) * BLOCK;
+        for left in lefts.iter_mut() {
+            let own = if left.exclusive { sums[i] } else { sums[i + 1] };
+            for (exponent, before) in exponents[..last].iter_mut().zip(&sums[1..]) {
+                *exponent = E::from_f64((own - before).min(0.0));
+            }
+            decays::<E, I>(&exponents[..last], &mut weights[..last]);
+            let row = i * chunk..i * chunk + last;
+            for (products, met) in left.products.iter_mut().zip(left.met.iter_mut()).take(rights.len()) {
+                multiply::<E, I>(&mut met[row.clone()], &products[row.clone()]);
+                multiply::<E, I>(&mut products[row.clone()], &weights[..last]);
+            }
+            let gradient = &mut left.gradient[i * stride..][..width];
+            scale::<E, I>(gradient, power::<E, I>(own));
+            reads[i + usize::from(!left.exclusive)] += dot::<E, I>(gradient, &left.rows[i * stride..][..width]);
+        }
+    }
+    let mut behind = sum::<E, I>(&end[..width]);
+    let mut pairs = [E::ZERO; MAX_CHUNK];
+    for i in (0..rows).rev() {
+        for left in lefts.iter() {
+            let reader = if left.exclusive { i + 1 } else { i };
+            if reader < rows {
+                let last = (reader / BLOCK + 1) * BLOCK;
+                for met in left.met.iter().take(rights.len()) {
+                    add::<E, I>(&mut pairs[..last], &met[reader * chunk..][..last]);
+                }
+            }
+        }
+        // Rows from this one on are not before its gate, nor before those of earlier ones.
+        pairs[i..].fill(E::ZERO);
+        behind += reads[i + 1];
+        gate_gradient[i] = E::from_f64(behind + writes[i] + sum::<E, I>(&pairs[..i.next_multiple_of(BLOCK)]));
+    }
+}
+
+/// The gradients of gates of channels.
+#[inline(always)]
+fn of_channels<E: Wide, I: Isa>(
+    size: Size,
+    lefts: &[LeftGradient<'_, E>],
+    rights: &[RightGradient<'_, E>],
+    (end, gate_gradient): (&mut [E], &mut [E]),
+) {
+    let Size { rows, width, stride, .. } = size;
+    // From the last row on, `end` is the gradient of the sum of the gates up to a row.
+    for i in (0..rows).rev() {
+        let at = |i: usize| i * stride..i * stride + width;
+        for right in rights {
+            add_product_of::<E, I>(end, &right.rows[at(i)], &right.gradient[at(i)], E::from_f64(-1.0));
+        }
+        for left in lefts {
+            let reader = if left.exclusive { i + 1 } else { i };
+            if reader < rows {
+                add_product_of::<E, I>(end, &left.rows[at(reader)], &left.gradient[at(reader)], E::from_f64(1.0));
+            }
+        }
+        gate_gradient[at(i)].copy_from_slice(end);
     }
 }
 
