@@ -94,6 +94,22 @@ pub fn dot<T: SimdElement, I: Isa>(one: &[T::Acc], other: &[T::Acc]) -> f64 {
     sum_of_lanes::<T, I>(sums)
 }
 
+/// The sum of the products of two matrices, element by element, whose rows are `stride` apart.
+#[inline(always)]
+pub fn dot_rows<T: SimdElement, I: Isa>([one, other]: [&[T::Acc]; 2], stride: usize, [rows, width]: [usize; 2]) -> f64 {
+    // As many sums as additions are on their way.
+    let mut sums = [T::V::<I>::splat(T::Acc::ZERO); 8];
+    for i in 0..rows {
+        let (one, other) = (&one[i * stride..][..width], &other[i * stride..][..width]);
+        each_vector!(T, I, width, d, {
+            let sum = &mut sums[d / T::V::<I>::LANES % 8];
+            *sum = T::V::<I>::load(&one[d..]).mul_add(T::V::<I>::load(&other[d..]), *sum);
+        });
+    }
+    let [a, b, c, d, e, f, g, h] = sums;
+    sum_of_lanes::<T, I>(a.add(b).add(c.add(d)).add(e.add(f).add(g.add(h))))
+}
+
 /// The sum of a row.
 #[inline(always)]
 pub fn sum<T: SimdElement, I: Isa>(row: &[T::Acc]) -> f64 {

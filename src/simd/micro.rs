@@ -24,6 +24,10 @@ pub fn tile<T: SimdElement, K: VectorKernel<T>, const M: usize, const N: usize>(
     assert!(last * b_step + N * K::V::LANES <= b.len(), "tile: `b` is too short");
     let mut b_at = b.as_ptr();
     let mut a_at = a.as_ptr();
+    let rows: [usize; M] = std::array::from_fn(|i| i * a_row);
+    // What the compiler knows to be evenly spaced it makes by adding, row after row: a chain of additions, which takes longer than the
+    // arithmetic of two vectors.
+    let rows = if N > 2 || a_row == 1 { rows } else { std::hint::black_box(rows) };
     for _ in 0..depth {
         let mut columns = [K::V::splat(<T::Acc as crate::dtype::Float>::ZERO); N];
         for (v, column) in columns.iter_mut().enumerate() {
@@ -32,7 +36,7 @@ pub fn tile<T: SimdElement, K: VectorKernel<T>, const M: usize, const N: usize>(
         }
         for (i, acc) in acc.iter_mut().enumerate() {
             // SAFETY: `a_at` is at step `d <= last`, and `i <= M - 1`.
-            let x = K::V::splat(unsafe { *a_at.add(i * a_row) });
+            let x = K::V::splat(unsafe { *a_at.add(rows[i]) });
             for (sum, &column) in acc.iter_mut().zip(&columns) {
                 *sum = K::mul_acc(x, column, *sum);
             }

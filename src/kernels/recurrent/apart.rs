@@ -12,13 +12,13 @@
 //! rows and gates.
 
 use super::backward::{BackwardArgs, Gradients};
-use super::gradient_buffers::Work;
+use super::gradient_buffers::{Work, columns_stride};
 use super::head::{Chunk, Head, MAX_CHUNK};
 use super::pairs::{Left, Size};
 use super::unfade::{LeftGradient, RightGradient, Unfade};
 use super::{BLOCK, Decay, Rule};
 use crate::dtype::{Element, Float};
-use crate::math::elementwise::{add, add_scaled, dot, scale, transpose};
+use crate::math::elementwise::{add, add_scaled, dot, dot_rows, scale, transpose};
 use crate::math::load::store_scaled;
 use crate::math::product::{Factors, Product, ROW_STEP, Rows, Start, add_product, set_product};
 use crate::math::triangular::substitute_transposed;
@@ -104,14 +104,14 @@ where
                     let factor = T::Acc::ZERO - chunk.betas[i];
                     scale::<T::Acc, I>(&mut chunk.sums[i * stride_v..][..width_v], factor);
                 }
-                products_of::<T, I>(head, (chunk.sums, work.written[0]), true, work.d_products[1][0]);
+                products_of::<T, I>(head, (chunk.sums, &*work.written), true, work.d_products[1][0]);
             }
             Rule::LowRank { .. } => {
                 let system = (&*chunk.lefts[1].products[1], row);
                 substitute_transposed::<T::Acc, I>(system, (work.d_written[1], stride_v), [rows, width_v]);
                 chunk.sums[..rows * stride_v].copy_from_slice(&work.d_written[1][..rows * stride_v]);
-                products_of::<T, I>(head, (chunk.sums, work.written[1]), true, work.d_products[1][1]);
-                products_of::<T, I>(head, (chunk.sums, work.written[0]), true, work.d_products[1][0]);
+                products_of::<T, I>(head, (chunk.sums, &work.written[row..]), true, work.d_products[1][1]);
+                products_of::<T, I>(head, (chunk.sums, &*work.written), true, work.d_products[1][0]);
                 add_met_transposed::<T, I>(head, chunk.lefts[1].products[0], chunk.sums, work.d_written[0]);
             }
         }
@@ -213,24 +213,52 @@ fn of_written<T: SimdElement, I: Isa>(
 ) where
     T::Acc: Wide,
 {
-    let (Size { rows, chunk: row, width, stride }, stride_v, width_v) = (head.size, head.stride_v, head.width_v);
+    let (Size { rows, chunk: row, .. }, stride_v, width_v) = (head.size, head.stride_v, head.width_v);
     let head_dim = head.args.shape.head_dim;
-    transpose::<T::Acc, I>((d_state, stride_v), (work.columns, stride), [width, width_v]);
+    let rights = chunk.counts[1];
     let written = [&*chunk.written, &*chunk.extra];
-    for (i, right) in chunk.rights[..chunk.counts[1]].iter().enumerate() {
-        transpose::<T::Acc, I>((written[i], stride_v), (work.written[i], row), [rows, width_v]);
-        products_of::<T, I>(head, (work.d_out, work.written[i]), chunk.lefts[0].strict, work.d_products[0][i]);
+    through_state::<T, I>(head, d_state, &written[..rights], (work.written, work.columns), &mut work.d_rights);
+    for (i, right) in chunk.rights[..rights].iter().enumerate() {
+        let columns = &work.written[i * row..];
+        products_of::<T, I>(head, (work.d_out, columns), chunk.lefts[0].strict, work.d_products[0][i]);
         let sums = &mut *work.d_written[i];
         let factors = Factors { data: right.columns, row: 1, step: row };
         set_product::<T::Acc, I>(factors, Rows::new(d_state, stride_v), (sums, stride_v), [rows, head_dim, width_v]);
         add_met_transposed::<T, I>(head, chunk.lefts[0].products[i], work.d_out, sums);
-        let gradient = (&mut *work.d_rights[i], stride);
-        let factors = Factors { data: written[i], row: stride_v, step: 1 };
-        set_product::<T::Acc, I>(factors, Rows::new(work.columns, stride), gradient, [rows, width_v, width]);
     }
 }
 
-/// The gradient of what the state fades by, times that.
+/// Rows of values times a state, into rows of keys. The transposed rows, side by side, are left in the first scratch.
+///
+/// The state is a factor: it is gone through once, and what is transposed are the rows on both sides of it.
+#[inline(always)]
+fn through_state<T: SimdElement, I: Isa>(
+    head: &Head<'_, T>,
+    state: &[T::Acc],
+    rows: &[&[T::Acc]],
+    (transposed, columns): (&mut [T::Acc], &mut [T::Acc]),
+    into: &mut [&mut [T::Acc]; 2],
+) where
+    T::Acc: Wide,
+{
+    let (Size { rows: count, chunk, width, stride }, stride_v, width_v) = (head.size, head.stride_v, head.width_v);
+    let row = columns_stride(chunk);
+    for (i, rows) in rows.iter().enumerate() {
+        transpose::<T::Acc, I>((rows, stride_v), (&mut transposed[i * chunk..], row), [count, width_v]);
+    }
+    let depth = head.args.shape.head_dim_v;
+    for i in 0..rows.len() {
+        let factors = Factors { data: state, row: stride_v, step: 1 };
+        let matrix = Rows::new(&transposed[i * chunk..], row);
+        let size = [head.args.shape.head_dim.next_multiple_of(ROW_STEP), depth, count];
+        set_product::<T::Acc, I>(factors, matrix, (&mut columns[i * chunk..], row), size);
+    }
+    for (i, into) in into.iter_mut().enumerate().take(rows.len()) {
+        transpose::<T::Acc, I>((&columns[i * chunk..], row), (into, stride), [width, count]);
+    }
+}
+
+/// The gradient of what the state fades by, times that: for each channel, or for all in the first place.
 #[inline(always)]
 fn of_alpha<T: SimdElement, I: Isa>(
     head: &Head<'_, T>,
@@ -240,9 +268,17 @@ fn of_alpha<T: SimdElement, I: Isa>(
 ) where
     T::Acc: Wide,
 {
-    for (d, end) in end.iter_mut().enumerate() {
-        let at = d * head.stride_v..d * head.stride_v + head.width_v;
-        *end = T::Acc::from_f64(dot::<T::Acc, I>(&state[at.clone()], &d_state[at])) * chunk.alpha[d];
+    match head.args.decay {
+        Decay::None => {}
+        Decay::Heads(_) | Decay::Steps(_) => {
+            end[0] = T::Acc::from_f64(dot_rows::<T::Acc, I>([state, d_state], head.stride_v, [head.args.shape.head_dim, head.width_v])) * chunk.alpha[0];
+        }
+        Decay::Channels(_) => {
+            for (d, end) in end.iter_mut().enumerate() {
+                let at = d * head.stride_v..d * head.stride_v + head.width_v;
+                *end = T::Acc::from_f64(dot::<T::Acc, I>(&state[at.clone()], &d_state[at])) * chunk.alpha[d];
+            }
+        }
     }
 }
 
@@ -257,16 +293,15 @@ fn of_readers<T: SimdElement, I: Isa>(
 ) where
     T::Acc: Wide,
 {
-    let (Size { rows, width, stride, .. }, stride_v, width_v) = (head.size, head.stride_v, head.width_v);
-    transpose::<T::Acc, I>((state, stride_v), (work.columns, stride), [width, width_v]);
+    let (Size { rows, stride, .. }, stride_v, width_v) = (head.size, head.stride_v, head.width_v);
+    let read = [&*work.d_out, &*chunk.sums];
+    let read = &read[..chunk.counts[0]];
+    through_state::<T, I>(head, state, read, (work.read, work.columns), &mut work.d_lefts);
     let mut start = Start::Faded(chunk.alpha);
-    for (number, read) in [&*work.d_out, &*chunk.sums].into_iter().enumerate().take(chunk.counts[0]) {
-        let gradient = (&mut *work.d_lefts[number], stride);
-        let factors = Factors { data: read, row: stride_v, step: 1 };
-        set_product::<T::Acc, I>(factors, Rows::new(work.columns, stride), gradient, [rows, width_v, width]);
+    for (left, read) in chunk.lefts.iter().zip(read) {
         I::call(Product::<T::Acc> {
             start: std::mem::replace(&mut start, Start::Sums),
-            factors: Factors { data: chunk.lefts[number].rows, row: 1, step: stride },
+            factors: Factors { data: left.rows, row: 1, step: stride },
             matrix: Rows::new(read, stride_v),
             sums: (&mut *d_state, stride_v),
             size: [head.args.shape.head_dim.next_multiple_of(ROW_STEP), rows, width_v],
@@ -274,7 +309,7 @@ fn of_readers<T: SimdElement, I: Isa>(
     }
 }
 
-/// Gradients of products, 0 where rows do not meet.
+/// Gradients of products, 0 where rows do not meet. What is written is transposed.
 #[inline(always)]
 fn products_of<T: SimdElement, I: Isa>(
     head: &Head<'_, T>,
@@ -289,7 +324,8 @@ fn products_of<T: SimdElement, I: Isa>(
         let products = &mut into[first * chunk..];
         let factors = Factors { data: &d_sums[first * head.stride_v..], row: head.stride_v, step: 1 };
         let size = [BLOCK, head.width_v, first + BLOCK];
-        set_product::<T::Acc, I>(factors, Rows::new(written, chunk), (&mut *products, chunk), size);
+        let written = Rows::new(written, columns_stride(chunk));
+        set_product::<T::Acc, I>(factors, written, (&mut *products, chunk), size);
         for i in 0..BLOCK {
             let met = first + i + usize::from(!strict);
             products[i * chunk..][met..first + BLOCK].fill(T::Acc::ZERO);

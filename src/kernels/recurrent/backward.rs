@@ -59,8 +59,8 @@ struct Sequences<'a, T: Element> {
     turns: usize,
 }
 
-/// Bytes of states that a task keeps at most if that leaves it one head.
-const MOST_STATES: usize = 64 << 20;
+/// Bytes of states of a task that stay allocated for the next one; tasks of several heads keep no more.
+const MOST_STATES: usize = 16 << 20;
 
 /// Computes all gradients with up to `threads` threads. Results do not depend on how many.
 ///
@@ -106,7 +106,15 @@ where
         let (len, chunks) = (start.state_len(), sequence.len.div_ceil(self.chunk));
         let flat = shape.head_dim * shape.head_dim_v;
         // The state before each chunk, and that after the last one, of each head.
-        let mut states = vec![T::Acc::ZERO; heads.len() * (chunks + 1) * len];
+        let count = heads.len() * (chunks + 1) * len;
+        let (mut large, mut small);
+        let states = if count * size_of::<T::Acc>() > MOST_STATES {
+            large = vec![T::Acc::ZERO; count];
+            &mut large[..]
+        } else {
+            small = Scratch::take::<T::Acc>(count);
+            &mut small.as_mut_slice()[..count]
+        };
         let mut d_states = vec![T::Acc::ZERO; heads.len() * len];
         let mut scratch = Scratch::take::<T::Acc>(chunk_len(args, self.chunk) + work_len(&start) + flat);
         let mut rest = scratch.as_mut_slice::<T::Acc>();
@@ -114,6 +122,7 @@ where
         let mut chunk = Chunk::carve(&start, &mut rest);
         let mut work = Work::carve(&start, &mut rest);
         for (head, (states, d_state)) in heads.clone().zip(states.chunks_mut((chunks + 1) * len).zip(d_states.chunks_mut(len))) {
+            states[..len].fill(T::Acc::ZERO);
             load_state(self.args.initial.as_ref(), (number, head), flat, (states, start.stride_v), shape.head_dim_v);
             load_state(self.args.d_last.as_ref(), (number, head), flat, (d_state, start.stride_v), shape.head_dim_v);
         }

@@ -5,6 +5,7 @@ use super::head::{Head, MAX_CHUNK};
 use super::pairs::Size;
 use super::unfade::UnfadeScratch;
 use crate::dtype::Float;
+use crate::math::load::MAX_LANES;
 use crate::simd::SimdElement;
 use crate::workspace::carve;
 
@@ -25,10 +26,17 @@ pub struct Work<'s, A> {
     /// `[chunk, stride_v]` each: gradients of outputs, and of what is written by each right.
     pub d_out: &'s mut [A],
     pub d_written: [&'s mut [A]; 2],
-    /// `[width_v, stride]`: a state transposed.
+    /// `[width, columns_stride]`: gradients of rows of keys transposed; zeros beyond the channels of the keys.
     pub columns: &'s mut [A],
-    /// `[width_v, chunk]`: what is written, transposed.
-    pub written: [&'s mut [A]; 2],
+    /// `[width_v, columns_stride]` each: what is written, and gradients of what is read, transposed.
+    pub written: &'s mut [A],
+    pub read: &'s mut [A],
+}
+
+/// Elements from one row to the next where rows of a chunk are transposed and lie side by side: one vector more than they need, so that
+/// they do not share the sets of a cache.
+pub fn columns_stride(chunk: usize) -> usize {
+    2 * chunk + MAX_LANES
 }
 
 /// Elements of the buffers.
@@ -39,8 +47,7 @@ pub fn work_len<T: SimdElement>(head: &Head<'_, T>) -> usize {
         + 4 * chunk * chunk
         + (MAX_CHUNK / BLOCK + 3) * width
         + 3 * chunk * head.stride_v
-        + head.width_v * stride
-        + 2 * head.width_v * chunk
+        + (width + 2 * head.width_v) * columns_stride(chunk)
 }
 
 impl<'s, A: Float> Work<'s, A> {
@@ -70,8 +77,13 @@ impl<'s, A: Float> Work<'s, A> {
             },
             d_out: take(chunk * head.stride_v),
             d_written: [take(chunk * head.stride_v), take(chunk * head.stride_v)],
-            columns: take(head.width_v * stride),
-            written: [take(head.width_v * chunk), take(head.width_v * chunk)],
+            columns: {
+                let columns = take(width * columns_stride(chunk));
+                columns.fill(A::ZERO);
+                columns
+            },
+            written: take(head.width_v * columns_stride(chunk)),
+            read: take(head.width_v * columns_stride(chunk)),
         }
     }
 }

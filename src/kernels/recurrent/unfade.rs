@@ -57,7 +57,7 @@ pub struct Unfade<'c, 's, 'w, E> {
     pub lefts: &'c mut [LeftGradient<'s, E>],
     pub rights: &'c mut [RightGradient<'s, E>],
     pub scratch: &'c mut UnfadeScratch<'w, E>,
-    /// `[width]`: the gradient of what the state fades by, times that.
+    /// The gradient of what the state fades by, times that: `[width]` for gates of channels, else one number.
     pub end: &'c mut [E],
     /// Of the gates: `[chunk, stride]` for those of channels, `[chunk]` for those of steps.
     pub gate_gradient: &'c mut [E],
@@ -145,7 +145,7 @@ fn by_step<E: Wide, I: Isa>(
             reads[i + usize::from(!left.exclusive)] += dot::<E, I>(gradient, &left.rows[i * stride..][..width]);
         }
     }
-    let mut behind = sum::<E, I>(&end[..width]);
+    let mut behind = end[0].to_f64();
     let mut pairs = [E::ZERO; MAX_CHUNK];
     for i in (0..rows).rev() {
         for left in lefts.iter() {
