@@ -315,17 +315,24 @@ impl<'py> Call<'py> {
         })
     }
 
-    fn run<T: SimdElement>(&self, py: Python<'_>, out: &Array<'_>, last: Option<&Array<'_>>) -> PyResult<()>
+    fn run<T: SimdElement>(&self, py: Python<'_>, results: &Results<'_>) -> PyResult<()>
     where
         T::Acc: Wide,
     {
         let args = self.args::<T>()?;
         let initial = if self.in_place { None } else { self.initial.as_ref().map(|initial| self.states(initial)).transpose()? };
+        let last = if self.in_place { self.initial.as_ref() } else { results.last.as_ref() };
         let last = last.map(|last| self.state_writer(last)).transpose()?;
         let states = States { initial, last, in_place: self.in_place, v_first: self.v_first };
-        let out = RecurrentOut { out: writer(&View::in_order(out, "")?)?, states };
+        let rows = |array| writer(&View::in_order(array, "")?);
+        let out = RecurrentOut { out: rows(&results.out)?, states, kept: results.kept.as_ref().map(rows).transpose()? };
         let (level, threads, form) = (runtime::level()?, runtime::threads(py)?, self.form);
         enter::enter(py, || forward(&args, &out, form, level, threads))
+    }
+
+    /// Whether what is written depends on the state.
+    pub fn reads_state(&self) -> bool {
+        !matches!(self.writes, Writes::Values)
     }
 
     /// States as rows of all their elements, and the strides of those.
@@ -409,42 +416,58 @@ fn chunk_size(size: usize) -> Result<usize, Error> {
     Ok(size)
 }
 
-fn run<T: SimdElement>(py: Python<'_>, call: &Call<'_>, out: &Array<'_>, last: Option<&Array<'_>>) -> PyResult<()>
+/// Arrays for the results of a call.
+struct Results<'py> {
+    out: Array<'py>,
+    /// The states, unless they are written in place.
+    last: Option<Array<'py>>,
+    /// What the backward needs.
+    kept: Option<Array<'py>>,
+}
+
+fn run<T: SimdElement>(py: Python<'_>, call: &Call<'_>, results: &Results<'_>) -> PyResult<()>
 where
     T::Acc: Wide,
 {
-    call.run::<T>(py, out, last)
+    call.run::<T>(py, results)
 }
 
-/// Outputs, and the states after the last token; documented in `subquad.ops.recurrent`.
+/// Outputs, the states after the last token, and what [`super::recurrent_backward`] needs of rules that read the state, if `keep` is set;
+/// documented in `subquad.ops.recurrent`.
 #[pyfunction]
+#[pyo3(signature = (q, k, v, options, output_final_state, *, keep=false))]
 pub fn recurrent<'py>(
     q: &Bound<'py, PyAny>,
     k: &Bound<'py, PyAny>,
     v: &Bound<'py, PyAny>,
     options: &Bound<'py, PyDict>,
     output_final_state: bool,
-) -> PyResult<(Bound<'py, PyAny>, Option<Bound<'py, PyAny>>)> {
+    keep: bool,
+) -> PyResult<(Bound<'py, PyAny>, Option<Bound<'py, PyAny>>, Option<Bound<'py, PyAny>>)> {
     let py = q.py();
     let call = Call::read([q, k, v], options)?;
     let dtype = call.q.float()?;
-    let out = result::empty("out", &call.q, call.v.shape(), dtype)?;
     let RecurrentShape { num_value_heads, head_dim, head_dim_v, .. } = call.shape;
     let [first, second] = if call.v_first { [head_dim_v, head_dim] } else { [head_dim, head_dim_v] };
-    let fresh = (output_final_state && !call.in_place)
-        .then(|| {
-            let shape = [call.sequences.len(), num_value_heads, first, second];
-            result::empty("final_state", &call.q, &shape, lse_dtype(dtype))
-        })
-        .transpose()?;
-    let last = if call.in_place { call.initial.as_ref() } else { fresh.as_ref() };
-    dispatch_dtype!(dtype, run, py, &call, &out, last)?;
+    let like_values = |arg| result::empty(arg, &call.q, call.v.shape(), dtype);
+    let results = Results {
+        out: like_values("out")?,
+        last: (output_final_state && !call.in_place)
+            .then(|| {
+                let shape = [call.sequences.len(), num_value_heads, first, second];
+                result::empty("final_state", &call.q, &shape, lse_dtype(dtype))
+            })
+            .transpose()?,
+        kept: (keep && call.reads_state()).then(|| like_values("kept")).transpose()?,
+    };
+    dispatch_dtype!(dtype, run, py, &call, &results)?;
+    let Results { out, last, kept } = results;
     let Call { q, initial, in_place, .. } = call;
     let out = result::deliver(&q, out)?;
-    let last = match (fresh, initial) {
-        (Some(fresh), _) => Some(result::deliver(&q, fresh)?),
+    let last = match (last, initial) {
+        (Some(last), _) => Some(result::deliver(&q, last)?),
         (None, Some(initial)) if in_place => Some(initial.written()?),
         _ => None,
     };
-    Ok((out, last))
+    Ok((out, last, kept.map(|kept| result::deliver(&q, kept)).transpose()?))
 }

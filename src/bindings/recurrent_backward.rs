@@ -24,12 +24,17 @@ struct Backward<'py> {
     call: Call<'py>,
     d_out: Array<'py>,
     d_last: Option<Array<'py>>,
+    kept: Option<Array<'py>>,
     /// Of queries, keys and values, then of what else is given.
     found: Vec<Array<'py>>,
 }
 
 impl<'py> Backward<'py> {
-    fn read(call: Call<'py>, d_out: &Bound<'py, PyAny>, d_last: Option<&Bound<'py, PyAny>>) -> PyResult<Self> {
+    fn read(
+        call: Call<'py>,
+        d_out: &Bound<'py, PyAny>,
+        [d_last, kept]: [Option<&Bound<'py, PyAny>>; 2],
+    ) -> PyResult<Self> {
         let q = &call.q;
         let read = |arg, object, layout, shape: &[usize], dtype: DType| {
             let array = Array::import(arg, object, layout)?;
@@ -45,6 +50,11 @@ impl<'py> Backward<'py> {
         let dtype = q.float()?;
         let wide = lse_dtype(dtype);
         let d_out = read("d_out", d_out, Layout::Rows, call.v.shape(), dtype)?;
+        let kept = kept.map(|kept| read("kept", kept, Layout::Rows, call.v.shape(), dtype)).transpose()?;
+        if kept.is_none() && call.reads_state() {
+            let expected = "what recurrent returns with keep=True, as the rule reads the state".into();
+            return Err(Error::Value { arg: "kept", expected, got: "None".into() }.into());
+        }
         let RecurrentShape { batch, seqlen, num_value_heads, head_dim, head_dim_v, .. } = call.shape;
         let states = [call.sequences.len(), num_value_heads, head_dim, head_dim_v];
         let d_last = d_last.map(|d_last| read("d_final_state", d_last, Layout::Contiguous, &states, wide)).transpose()?;
@@ -76,7 +86,7 @@ impl<'py> Backward<'py> {
         if call.initial.is_some() {
             add("initial_state", &states, wide)?;
         }
-        Ok(Self { call, d_out, d_last, found })
+        Ok(Self { call, d_out, d_last, kept, found })
     }
 
     fn find(&self, arg: &str) -> Option<&Array<'py>> {
@@ -106,6 +116,7 @@ impl<'py> Backward<'py> {
         let args = BackwardArgs {
             forward: call.args::<T>()?,
             initial: call.initial.as_ref().map(|initial| call.states(initial)).transpose()?,
+            kept: self.kept.as_ref().map(|kept| View::in_order(kept, "")?.tensor()).transpose()?,
             d_out: View::in_order(&self.d_out, "")?.tensor()?,
             d_last: self.d_last.as_ref().map(|last| call.states(last)).transpose()?,
         };
@@ -157,7 +168,7 @@ where
     call.run::<T>(py)
 }
 
-/// Gradients by the names in `wrt`, of arguments that are given; that of `g_gamma` is one for each token, `[B, T, HV]`. States are
+/// Gradients, from those of the results and what the call has kept, by the names in `wrt`, of arguments that are given; that of `g_gamma` is one for each token, `[B, T, HV]`. States are
 /// `[N, HV, K, V]`.
 #[pyfunction]
 #[expect(clippy::needless_pass_by_value, reason = "extracted by PyO3")]
@@ -167,6 +178,7 @@ pub fn recurrent_backward<'py>(
     v: &Bound<'py, PyAny>,
     d_out: &Bound<'py, PyAny>,
     d_final_state: Option<&Bound<'py, PyAny>>,
+    kept: Option<&Bound<'py, PyAny>>,
     options: &Bound<'py, PyDict>,
     wrt: Vec<String>,
 ) -> PyResult<Bound<'py, PyTuple>> {
@@ -177,7 +189,7 @@ pub fn recurrent_backward<'py>(
         return Err(Error::Value { arg, expected: "False".into(), got: "True".into() }.into());
     }
     let dtype = call.q.float()?;
-    let backward = Backward::read(call, d_out, d_final_state)?;
+    let backward = Backward::read(call, d_out, [d_final_state, kept])?;
     dispatch_dtype!(dtype, run, py, &backward)?;
     let result = |name: &String| {
         let arg = if name == "g_gamma" { "g" } else { name };
