@@ -5,14 +5,13 @@ Sources: Gated Slot Attention, Zhang et al. 2024; without gates ABC, Peng et al.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from .elementwise import exp, running_logsumexp, softmax
 from .inputs import Inputs
-from .namespace import cast, contiguous, repeated_heads
-from .recurrent import recurrent, refuse, require
-from .sequences import by_sequence, spans_of
+from .namespace import backwards, cast, contiguous, repeated_heads
+from .recurrent import recurrent, require
+from .sequences import by_sequence, spans_backwards, spans_of
 
 # The signatures are flash-linear-attention's.
 # ruff: noqa: FBT001, FBT002
@@ -59,7 +58,12 @@ def chunk_gsa(
         The outputs, `[B, T, HQ, V]`, and the final state, a pair, of `None` if it is not asked for.
     """
     del checkpoint_level, cu_seqlens_cpu
-    return _slots(q, k, v, s, g, scale, initial_state, output_final_state, cu_seqlens, kwargs)
+    options: dict[str, Any] = {
+        "output_final_state": output_final_state,
+        "cu_seqlens": cu_seqlens,
+        "unknown": kwargs,
+    }
+    return _slots(q, k, v, s, g, scale, initial_state, **options)
 
 
 def fused_recurrent_gsa(
@@ -85,14 +89,18 @@ def fused_recurrent_gsa(
         scale: see there.
         initial_state: `[N, H, K, M]` and `[N, H, M, V]`.
         output_final_state: see there.
-        reverse: must be False.
+        reverse: whether sequences are read from the last token to the first; averages are then of the tokens that follow.
         cu_seqlens: `[N + 1]`.
 
     Returns:
         See there.
     """
-    refuse(reverse=reverse)
-    return _slots(q, k, v, s, g, scale, initial_state, output_final_state, cu_seqlens, {})
+    options: dict[str, Any] = {
+        "output_final_state": output_final_state,
+        "cu_seqlens": cu_seqlens,
+        "reverse": reverse,
+    }
+    return _slots(q, k, v, s, g, scale, initial_state, **options)
 
 
 def _slots(
@@ -103,9 +111,10 @@ def _slots(
     g: Any | None,
     scale: float | None,
     initial_state: tuple[Any, Any] | None,
-    output_final_state: bool,
+    *,
     cu_seqlens: Any | None,
-    unknown: Mapping[str, Any],
+    reverse: bool = False,
+    **options: Any,
 ) -> tuple[Any, tuple[Any | None, Any | None]]:
     require(q=q, k=k, v=v, s=s)
     given = Inputs("q", q, "B, T, HQ, K")
@@ -120,7 +129,10 @@ def _slots(
     if not slots:
         raise ValueError(f"s: expected one slot or more, got shape {tuple(s.shape)}")
     spans = spans_of(cu_seqlens, given, tokens)
-    if g is None:
+    if g is None and reverse:
+        averages = _averages(given, backwards("s", s, 1), spans_backwards(spans, tokens))
+        s, g = (backwards("s", x, 1) for x in averages)
+    elif g is None:
         s, g = _averages(given, s, spans)
     else:
         g = given.beside("g", g, batch, tokens, kept, slots)
@@ -135,11 +147,7 @@ def _slots(
     q = cast(q, given.sums)
     k, v, s, g = (repeated_heads(cast(x, given.sums), group, 2) for x in (k, v, s, g))
     hk, hv = (None if x is None else repeated_heads(x, group, 1) for x in (hk, hv))
-    options: dict[str, Any] = {
-        "cu_seqlens": cu_seqlens,
-        "output_final_state": output_final_state,
-        "unknown": unknown,
-    }
+    options |= {"cu_seqlens": cu_seqlens, "reverse": reverse}
     # Decays of columns: each slot is a value head of its own, of width 1.
     columns = (batch, tokens, heads * slots)
     scores, hk = recurrent(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from .namespace import cast, dtype_name, namespace_of, widened
-from .recurrent import recurrent, refuse
+from .recurrent import recurrent
 
 # The signatures are flash-linear-attention's.
 # ruff: noqa: FBT001, FBT002
@@ -45,27 +45,16 @@ def chunk_linear_attn(
     Returns:
         The outputs, `[B, T, H, V]`, and the final state: `S`, with `normalize` `(S, z)`, or `None`.
     """
-    options: dict[str, Any] = {
-        "scale": scale,
-        "cu_seqlens": cu_seqlens,
-        "output_final_state": output_final_state,
-    }
-    if not normalize:
-        return recurrent(q, k, v, initial_state=initial_state, **options)
-    initial, initial_z = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
-    namespace_of("q", q)
-    initial, initial_z = _widened_state(initial, q), _column(initial_z, q)
-    dtype = q.dtype
-    q, k, v = _widened_alike(q, k, v)
-    # The sums to divide by are what a value of 1 in all tokens would give.
-    ones = namespace_of("v", v).ones_like(v[..., :1])
-    o, final = recurrent(q, k, v, initial_state=initial, **options)
-    weights, final_z = recurrent(q, k, ones, initial_state=initial_z, **options)
-    o = cast(o / (weights + _OFFSET), dtype)
-    if final is None or final_z is None:
-        return o, None
-    sequences, heads, width, _ = final_z.shape
-    return o, (final, final_z.reshape((sequences, 1, heads, width)))
+    return _linear_attn(
+        q,
+        k,
+        v,
+        initial_state,
+        normalize=normalize,
+        scale=scale,
+        cu_seqlens=cu_seqlens,
+        output_final_state=output_final_state,
+    )
 
 
 def fused_chunk_linear_attn(
@@ -116,15 +105,51 @@ def fused_recurrent_linear_attn(
         scale: see there.
         initial_state: `[N, H, K, V]`; with `normalize` also that and `[N, 1, H, K]`.
         output_final_state: see there.
-        reverse: must be False.
+        reverse: whether sequences are read from the last token to the first.
         normalize: see there; False by default.
         cu_seqlens: `[N + 1]`.
 
     Returns:
         See there.
     """
-    refuse(reverse=reverse)
-    return chunk_linear_attn(q, k, v, scale, initial_state, output_final_state, normalize, cu_seqlens)
+    return _linear_attn(
+        q,
+        k,
+        v,
+        initial_state,
+        normalize=normalize,
+        scale=scale,
+        cu_seqlens=cu_seqlens,
+        output_final_state=output_final_state,
+        reverse=reverse,
+    )
+
+
+def _linear_attn(
+    q: Any,
+    k: Any,
+    v: Any,
+    initial_state: Any | tuple[Any, Any] | None,
+    *,
+    normalize: bool,
+    **options: Any,
+) -> tuple[Any, Any | tuple[Any, Any] | None]:
+    if not normalize:
+        return recurrent(q, k, v, initial_state=initial_state, **options)
+    initial, initial_z = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
+    namespace_of("q", q)
+    initial, initial_z = _widened_state(initial, q), _column(initial_z, q)
+    dtype = q.dtype
+    q, k, v = _widened_alike(q, k, v)
+    # The sums to divide by are what a value of 1 in all tokens would give.
+    ones = namespace_of("v", v).ones_like(v[..., :1])
+    o, final = recurrent(q, k, v, initial_state=initial, **options)
+    weights, final_z = recurrent(q, k, ones, initial_state=initial_z, **options)
+    o = cast(o / (weights + _OFFSET), dtype)
+    if final is None or final_z is None:
+        return o, None
+    sequences, heads, width, _ = final_z.shape
+    return o, (final, final_z.reshape((sequences, 1, heads, width)))
 
 
 def _widened_alike(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:

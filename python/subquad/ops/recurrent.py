@@ -19,6 +19,8 @@ speak DLPack, of one library:
 * `scale` is `K ** -0.5` unless an operator says otherwise;
 * with `cu_seqlens`, int32 or int64 `[N + 1]`, `B` is 1 and sequence `n` has the tokens `cu_seqlens[n]` to `cu_seqlens[n + 1] - 1`;
   otherwise `N` is `B`; sequences may be empty;
+* with `reverse`, where a form has it, each sequence is read from its last token to the first: `initial_state` comes before the
+  last token, the final state after the first, and outputs are at their tokens;
 * `initial_state` is `[N, HV, K, V]` (`[N, HV, V, K]` with `state_v_first`), zeros if it is `None`; the final state is returned
   likewise, float32 (float64 for float64 inputs), with `output_final_state`, else `None`;
 * `**kwargs` may be `chunk_size`, a multiple of 16 up to 64, and `head_first=False`; like `cu_seqlens_cpu`, `chunk_indices`,
@@ -28,7 +30,7 @@ All of them raise:
 
 * `ValueError` for shapes that do not fit, gates above 0, sequences that do not start at 0, decrease, or do not end at `T`;
 * `TypeError` for dtypes that are not supported or differ, objects that are no arrays, mixed libraries, unknown keywords;
-* `NotImplementedError` for heads wider than 1024, `reverse`, `output_attentions`, `cp_context`, `gv`, a `beta` for each column of
+* `NotImplementedError` for heads wider than 1024, `output_attentions`, `cp_context`, `gv`, a `beta` for each column of
   the values, second derivatives and forward-mode derivatives.
 
 PyTorch differentiates them: tensors that require grad get gradients of all rows, gates, `beta` and both states. States before each
@@ -43,6 +45,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import _native
+from .namespace import backwards, contiguous, zeros
 from .pytorch import REFUSALS, calls, calls_at_once, is_tensor, is_watched
 
 # Keywords of flash-linear-attention that say how a GPU should work, and change no result.
@@ -59,12 +62,15 @@ _WITHOUT_EFFECT = frozenset(
 )
 
 _INSTEAD = {
-    "reverse": "pass sequences with their tokens in reverse order",
     "output_attentions": "outputs are computed without weights between tokens",
     "cp_context": "sequences are not spread over processes",
     "gv": "states fade by the channels of keys, not by those of values",
     "return_intermediate_states": "ask for the final state of parts of the sequence",
 }
+
+
+# Of the arguments of the engine, those that have a row for each token, beside queries, keys and values.
+_OF_TOKENS = ("g", "gk", "beta", "a", "b")
 
 
 def refuse(**given: Any) -> None:
@@ -87,6 +93,7 @@ def recurrent(
     v: Any,
     *,
     output_final_state: bool | None,
+    reverse: bool = False,
     unknown: Mapping[str, Any] | None = None,
     names: Mapping[str, str] | None = None,
     **options: Any,
@@ -98,6 +105,7 @@ def recurrent(
         k: keys.
         v: values.
         output_final_state: whether to return the state after the last token; `None` as layers pass it on: no.
+        reverse: whether sequences are read from the last token to the first.
         unknown: keywords of the caller that its signature does not name.
         names: what the caller calls arguments of the engine, where that differs, for messages.
         **options: what is not `None` of the options of the extension.
@@ -113,7 +121,8 @@ def recurrent(
         elif name not in _WITHOUT_EFFECT and not (name == "head_first" and given is False):
             raise TypeError(f"{name}: expected no such argument, got {type(given).__name__}")
     try:
-        results: tuple[Any, Any | None] = _computed(
+        compute = _computed_backwards if reverse else _computed
+        results: tuple[Any, Any | None] = compute(
             q, k, v, options, output_final_state=bool(output_final_state)
         )
         return results
@@ -133,6 +142,45 @@ def _computed(q: Any, k: Any, v: Any, options: dict[str, Any], *, output_final_s
                 raise
     compute = calls().recurrent if watched else calls_at_once().recurrent_as_it_is
     return compute(q, k, v, options, output_final_state=output_final_state)
+
+
+def _computed_backwards(
+    q: Any, k: Any, v: Any, options: dict[str, Any], *, output_final_state: bool
+) -> tuple[Any, Any | None]:
+    """Computes `_computed` of tokens in the other order, and so packed sequences in the other order, too."""
+    turned, cu_seqlens = dict(options), options.get("cu_seqlens")
+    for name in _OF_TOKENS:
+        turned[name] = backwards(name, options.get(name), 1)
+    if cu_seqlens is not None:
+        turned["cu_seqlens"] = _bounds_backwards(cu_seqlens, q)
+        turned["initial_state"] = backwards("initial_state", options.get("initial_state"), 0)
+    q, k, v = (backwards(name, x, 1) for name, x in (("q", q), ("k", k), ("v", v)))
+    o, final = _computed(q, k, v, turned, output_final_state=output_final_state)
+    if final is not None and cu_seqlens is not None:
+        final = contiguous(backwards("final_state", final, 0))
+    return contiguous(backwards("o", o, 1)), final
+
+
+def _bounds_backwards(cu_seqlens: Any, q: Any) -> Any:
+    """Returns where packed sequences start if tokens are in the other order; what is no such array as it is."""
+    if getattr(q, "ndim", 0) != 4 or getattr(cu_seqlens, "ndim", 0) != 1:
+        return cu_seqlens
+    # What is wrong with them is said of what was given.
+    check_bounds(cu_seqlens, q, q.shape[1])
+    return q.shape[1] - backwards("cu_seqlens", cu_seqlens, 0)
+
+
+def check_bounds(cu_seqlens: Any, rows: Any, tokens: int, *, name: str = "q") -> None:
+    """Raises what the engine raises for packed sequences that are none, without computing anything.
+
+    Args:
+        cu_seqlens: `[N + 1]`.
+        rows: an array of the call, the first axis of which is the batch.
+        tokens: how many tokens a row has.
+        name: what the caller calls it.
+    """
+    nothing = zeros(rows, (rows.shape[0], tokens, 0, 1), rows.dtype)
+    recurrent(nothing, nothing, nothing, cu_seqlens=cu_seqlens, output_final_state=False, names={"q": name})
 
 
 def _renamed_flag(given: Any, *, replaces: bool) -> Any:

@@ -271,7 +271,6 @@ def parameters(form):
 
 
 ASKED = {
-    "reverse": True,
     "output_attentions": True,
     "cp_context": object(),
     "gv": np.zeros((1, 6, 2, 8), np.float32),

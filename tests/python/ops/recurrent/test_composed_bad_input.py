@@ -270,12 +270,6 @@ def test_keywords_without_effect(form, inputs):
             np.testing.assert_array_equal(call(form, inputs, **{name: 1})[0], expected)
 
 
-def test_reverse():
-    inputs = draw_inputs("gsa", SIZES, "float32")
-    with pytest.raises(NotImplementedError, match=r"^reverse: bool is not supported"):
-        ops.fused_recurrent_gsa(**inputs, reverse=True)
-
-
 @pytest.mark.parametrize(
     ("form", "keys", "values", "message"),
     [
