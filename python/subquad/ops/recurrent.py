@@ -23,7 +23,7 @@ speak DLPack, of one library:
   last token, the final state after the first, and outputs are at their tokens;
 * `initial_state` is `[N, HV, K, V]` (`[N, HV, V, K]` with `state_v_first`), zeros if it is `None`; the final state is returned
   likewise, float32 (float64 for float64 inputs), with `output_final_state`, else `None`;
-* `**kwargs` may be `chunk_size`, a multiple of 16 up to 64, and `head_first=False`; like `cu_seqlens_cpu`, `chunk_indices`,
+* `**kwargs` may be `chunk_size`, a power of two from 16 on (above 64, chunks have 64 tokens), and `head_first=False`; like `cu_seqlens_cpu`, `chunk_indices`,
   `safe_gate`, `disable_recompute`, `checkpoint_level`, `use_graph` and `max_num_seqs` it changes no result.
 
 All of them raise:
@@ -68,6 +68,9 @@ _INSTEAD = {
     "return_intermediate_states": "ask for the final state of parts of the sequence",
 }
 
+
+# Of the engine, in tokens.
+_SMALLEST_CHUNK, _LARGEST_CHUNK = 16, 64
 
 # Of the arguments of the engine, those that have a row for each token, beside queries, keys and values.
 _OF_TOKENS = ("g", "gk", "beta", "a", "b")
@@ -115,11 +118,13 @@ def recurrent(
     """
     for name, given in (unknown or {}).items():
         if name == "chunk_size":
-            options["chunk_size"] = given
+            options[name] = given
         elif name == "transpose_state_layout" and "state_v_first" in options:
             options["state_v_first"] = _renamed_flag(given, replaces=options["state_v_first"])
         elif name not in _WITHOUT_EFFECT and not (name == "head_first" and given is False):
             raise TypeError(f"{name}: expected no such argument, got {type(given).__name__}")
+    if options.get("chunk_size") is not None:
+        options["chunk_size"] = _chunk(options["chunk_size"])
     try:
         compute = _computed_backwards if reverse else _computed
         results: tuple[Any, Any | None] = compute(
@@ -130,6 +135,15 @@ def recurrent(
         if names is None:
             raise
         raise type(error)(renamed(str(error), names)) from None
+
+
+def _chunk(size: Any) -> Any:
+    """Returns the length of the engine's chunks that is nearest to one asked for."""
+    if not hasattr(size, "__index__"):
+        raise TypeError(f"chunk_size: expected an integer, got {type(size).__name__}")
+    if size < _SMALLEST_CHUNK or size & (size - 1):
+        raise ValueError(f"chunk_size: expected a power of two from {_SMALLEST_CHUNK} on, got {size}")
+    return min(size, _LARGEST_CHUNK)
 
 
 def _computed(q: Any, k: Any, v: Any, options: dict[str, Any], *, output_final_state: bool) -> Any:

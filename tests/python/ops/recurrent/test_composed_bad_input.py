@@ -251,7 +251,7 @@ def test_numbers_of_sequences():
 
 def test_chunk_sizes(form, inputs):
     takes_any = "mamba" in form or "chunkwise" in form
-    for size in (0, -1) if takes_any else (0, 8, 24, 128):
+    for size in (0, -1) if takes_any else (0, 8, 24, 96, True):
         with pytest.raises((ValueError, TypeError), match="chunk_size"):
             call(form, inputs, chunk_size=size)
 
