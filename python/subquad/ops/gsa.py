@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from .elementwise import exp, running_logsumexp, softmax
-from .inputs import Inputs
+from .additive_gates import averages
+from .elementwise import softmax
+from .inputs import Inputs, state_pair
 from .namespace import backwards, cast, contiguous, repeated_heads
 from .recurrent import recurrent, require
-from .sequences import by_sequence, spans_backwards, spans_of
+from .sequences import spans_backwards, spans_of
 
 # The signatures are flash-linear-attention's.
 # ruff: noqa: FBT001, FBT002
@@ -64,6 +65,36 @@ def chunk_gsa(
         "unknown": kwargs,
     }
     return _slots(q, k, v, s, g, scale, initial_state, **options)
+
+
+def chunk_abc(
+    q: Any,
+    k: Any,
+    v: Any,
+    s: Any,
+    initial_state: tuple[Any, Any] | None = None,
+    output_final_state: bool = False,
+    scale: float | None = None,
+    cu_seqlens: Any | None = None,
+) -> tuple[Any, tuple[Any, Any] | None]:
+    """Computes attention to averages of keys and values (ABC): `chunk_gsa` without `g`.
+
+    Args:
+        q: `[B, T, HQ, K]`.
+        k: `[B, T, H, K]`.
+        v: `[B, T, H, V]`.
+        s: logarithms of the weights of averages, `[B, T, H, M]`.
+        initial_state: `[N, H, K, M]` and `[N, H, M, V]`.
+        output_final_state: see there.
+        scale: see there; flash-linear-attention has the default only.
+        cu_seqlens: `[N + 1]`, which flash-linear-attention does not take.
+
+    Returns:
+        The outputs, `[B, T, HQ, V]`, and the final state, a pair, or `None`.
+    """
+    options: dict[str, Any] = {"output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
+    o, final = _slots(q, k, v, s, None, scale, initial_state, **options)
+    return o, final if output_final_state else None
 
 
 def fused_recurrent_gsa(
@@ -130,13 +161,13 @@ def _slots(
         raise ValueError(f"s: expected one slot or more, got shape {tuple(s.shape)}")
     spans = spans_of(cu_seqlens, given, tokens)
     if g is None and reverse:
-        averages = _averages(given, backwards("s", s, 1), spans_backwards(spans, tokens))
-        s, g = (backwards("s", x, 1) for x in averages)
+        s, g, _ = averages(given, backwards("s", s, 1), spans_backwards(spans, tokens))
+        s, g = backwards("s", s, 1), backwards("g", g, 1)
     elif g is None:
-        s, g = _averages(given, s, spans)
+        s, g, _ = averages(given, s, spans)
     else:
         g = given.beside("g", g, batch, tokens, kept, slots)
-    hk, hv = _pair(initial_state)
+    hk, hv = state_pair(initial_state, "hk, hv")
     sequences = batch if spans is None else len(spans)
     if hk is not None:
         hk = given.beside("initial_state", hk, sequences, kept, width, slots)
@@ -168,33 +199,6 @@ def _slots(
         hk = contiguous(_turned(hk.reshape((sequences, heads, slots, width))[:, ::group]))
         hv = contiguous(hv[:, ::group]) if group > 1 else hv
     return cast(o, given.first.dtype), (hk, hv)
-
-
-def _averages(given: Inputs, s: Any, spans: list[tuple[int, int]] | None) -> tuple[Any, Any]:
-    """Returns what is written to slots and their log decays, where slots are averages."""
-    # In float64: both are differences of sums over all tokens.
-    s = cast(s, given.xp.float64)
-    z = by_sequence(spans, running_logsumexp, s)
-    g = by_sequence(spans, _steps_down, z)
-    return cast(exp(s - z), given.sums), cast(g, given.sums)
-
-
-def _steps_down(z: Any) -> Any:
-    """Returns how much lower the token before each is, 0 at the first and where that rounds to above 0."""
-    given = Inputs("z", z, "B, T, H, M")
-    before = given.xp.concatenate([z[:, :1], z[:, :-1]], 1)
-    return given.xp.clip(before - z, None, 0.0)
-
-
-def _pair(initial_state: Any) -> tuple[Any | None, Any | None]:
-    """Returns the two states, either of which may be absent."""
-    if initial_state is None:
-        return None, None
-    if not isinstance(initial_state, tuple | list) or len(initial_state) != 2:
-        kind = type(initial_state).__name__
-        raise TypeError(f"initial_state: expected a pair (hk, hv), got {kind}")
-    first, second = initial_state
-    return first, second
 
 
 def _turned(hk: Any) -> Any:

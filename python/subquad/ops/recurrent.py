@@ -7,7 +7,7 @@ The engine keeps a state `S`, `[K, V]` for each head, that fades, is written to,
 
 The operators differ in `g` and in what `u` is; each is named as in flash-linear-attention (Yang and Zhang 2024), with its order
 and meaning of arguments. Some are composed of calls of the engine and functions of the array's own library: gated slot attention,
-GateLoop, the mLSTM (named as in mlstm_kernels), and Mamba-2's scan (as in mamba_ssm). Theirs say where arguments are others than
+LightNet, GateLoop, the mLSTM (named as in mlstm_kernels), and Mamba-2's scan (as in mamba_ssm). Theirs say where arguments are others than
 these. All forms of an operator (`chunk_*`, `fused_chunk_*`, `fused_recurrent_*`, `parallel_*`) compute the same,
 chunk by chunk or token by token as the length of the sequences asks for. Arrays are PyTorch tensors, NumPy arrays or others that
 speak DLPack, of one library:
@@ -23,8 +23,9 @@ speak DLPack, of one library:
   last token, the final state after the first, and outputs are at their tokens;
 * `initial_state` is `[N, HV, K, V]` (`[N, HV, V, K]` with `state_v_first`), zeros if it is `None`; the final state is returned
   likewise, float32 (float64 for float64 inputs), with `output_final_state`, else `None`;
-* `**kwargs` may be `chunk_size`, a power of two from 16 on (above 64, chunks have 64 tokens), and `head_first=False`; like `cu_seqlens_cpu`, `chunk_indices`,
-  `safe_gate`, `disable_recompute`, `checkpoint_level`, `use_graph` and `max_num_seqs` it changes no result.
+* `**kwargs` may be `chunk_size`, a power of two from 16 on (above 64, chunks have 64 tokens), and `head_first=False`; like
+  `cu_seqlens_cpu`, `chunk_indices`, `safe_gate`, `disable_recompute`, `checkpoint_level`, `use_graph` and `max_num_seqs` it changes
+  no result.
 
 All of them raise:
 

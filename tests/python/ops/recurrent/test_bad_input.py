@@ -236,10 +236,10 @@ def test_states_that_cannot_be_written(form, inputs):
 def test_chunk_sizes(form, inputs):
     takes_it = bool({"chunk_size", "kwargs"} & {*parameters(form)})
     for size in (0, -16, 8, 24, 48, 96, True):
-        with pytest.raises(ValueError if takes_it else TypeError, match="chunk_size: expected|'chunk_size'"):
+        with pytest.raises(ValueError if takes_it else TypeError, match=r"chunk_size: expected|'chunk_size'"):
             call(form, inputs, chunk_size=size)
     for wrong in (16.0, "64"):
-        with pytest.raises(TypeError, match="chunk_size: expected an integer, got|'chunk_size'"):
+        with pytest.raises(TypeError, match=r"chunk_size: expected an integer, got|'chunk_size'"):
             call(form, inputs, chunk_size=wrong)
 
 

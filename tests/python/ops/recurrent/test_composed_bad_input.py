@@ -180,7 +180,7 @@ def test_states(form, inputs):
         def given(wrong, i=i):
             return tuple(wrong if i == j else x for j, (_, x) in enumerate(named))
 
-        for wrong in (state[:, :1], state[:0], np.concatenate([state, state], axis=1)):
+        for wrong in (state[:, :0], state[:0], np.concatenate([state, state], axis=1)):
             with pytest.raises(ValueError, match=rf"^{name}: expected shape \("):
                 call(form, inputs, given(wrong))
         for kind in (np.int32, np.float16):
