@@ -176,5 +176,5 @@ def _column(z: Any | None, q: Any) -> Any | None:
     if z is None:
         return None
     if z.ndim != 4 or z.shape[1] != 1:
-        raise ValueError(f"initial_state: expected (N, 1, H, K) as the shape of z, got {tuple(z.shape)}")
+        raise ValueError(f"initial_state: expected shape (N, 1, H, K) of z, got {tuple(z.shape)}")
     return z.reshape((z.shape[0], z.shape[2], z.shape[3], 1))

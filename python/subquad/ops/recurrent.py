@@ -7,8 +7,8 @@ The engine keeps a state `S`, `[K, V]` for each head, that fades, is written to,
 
 The operators differ in `g` and in what `u` is; each is named as in flash-linear-attention (Yang and Zhang 2024), with its order
 and meaning of arguments. Some are composed of calls of the engine and functions of the array's own library: gated slot attention,
-LightNet, GateLoop, the mLSTM (named as in mlstm_kernels), and Mamba-2's scan (as in mamba_ssm). Theirs say where arguments are others than
-these. All forms of an operator (`chunk_*`, `fused_chunk_*`, `fused_recurrent_*`, `parallel_*`) compute the same,
+LightNet, GateLoop, the mLSTM (named as in mlstm_kernels), and Mamba-2's scan (as in mamba_ssm). Theirs say where arguments are
+others than these. All forms of an operator (`chunk_*`, `fused_chunk_*`, `fused_recurrent_*`, `parallel_*`) compute the same,
 chunk by chunk or token by token as the length of the sequences asks for. Arrays are PyTorch tensors, NumPy arrays or others that
 speak DLPack, of one library:
 
@@ -194,6 +194,9 @@ def check_bounds(cu_seqlens: Any, rows: Any, tokens: int, *, name: str = "q") ->
         tokens: how many tokens a row has.
         name: what the caller calls it.
     """
+    if rows.shape[0] != 1:
+        expected = f"{(1, *rows.shape[1:])}, as cu_seqlens is given"
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(rows.shape)}")
     nothing = zeros(rows, (rows.shape[0], tokens, 0, 1), rows.dtype)
     recurrent(nothing, nothing, nothing, cu_seqlens=cu_seqlens, output_final_state=False, names={"q": name})
 

@@ -89,7 +89,9 @@ def test_what_is_refused():
         ops.fused_additive_gate(x, before[:, 0])
     with pytest.raises(TypeError, match=r"^initial_state: expected dtype float32, got float64"):
         ops.fused_additive_gate(x, before.astype(np.float64))
-    with pytest.raises(ValueError, match=r"^x: expected .*a batch size of 1"):
+    with pytest.raises(
+        ValueError, match=r"^x: expected shape \(1, 5, 2, 5\), as cu_seqlens is given, got \(3"
+    ):
         ops.fused_additive_gate(x, cu_seqlens=np.array([0, 5]))
     with pytest.raises(ValueError, match=r"^cu_seqlens: expected a last element of 5"):
         ops.fused_additive_gate(x[:1], cu_seqlens=np.array([0, 4]))

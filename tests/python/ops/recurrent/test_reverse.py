@@ -211,6 +211,9 @@ def test_what_is_refused(form):
     for message, option in calls.items():
         with pytest.raises(ValueError, match=f"^{message}"):
             FORMS[form].call(form, inputs, states, reverse=True, **option)
+    rows = FORMS[form].draw_inputs(family_of(form), Sizes(), "float32")
+    with pytest.raises(ValueError, match=rf"^{queries}: expected shape \(1, 65, .*, as cu_seqlens is given"):
+        FORMS[form].call(form, rows, reverse=True, cu_seqlens=np.array([0, 65]))
     for wrong in (np.array([0.0, 6.0]), np.array([False, True]), [0, 6], torch.tensor([0, 6]), 6):
         with pytest.raises(TypeError, match=r"^cu_seqlens: expected"):
             FORMS[form].call(form, inputs, reverse=True, cu_seqlens=wrong)
