@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .inputs import Inputs
 from .namespace import cast, dtype_name, namespace_of, widened
 from .recurrent import recurrent
 
@@ -137,12 +138,14 @@ def _linear_attn(
     if not normalize:
         return recurrent(q, k, v, initial_state=initial_state, **options)
     initial, initial_z = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
-    namespace_of("q", q)
+    given = Inputs("q", q, "B, T, H, K")
+    k = given.alike("k", k, *q.shape)
+    v = given.alike("v", v, *q.shape[:2], "HV", "V")
     initial, initial_z = _widened_state(initial, q), _column(initial_z, q)
     dtype = q.dtype
-    q, k, v = _widened_alike(q, k, v)
+    q, k, v = (cast(x, given.sums) for x in (q, k, v))
     # The sums to divide by are what a value of 1 in all tokens would give.
-    ones = namespace_of("v", v).ones_like(v[..., :1])
+    ones = given.xp.ones_like(v[..., :1])
     o, final = recurrent(q, k, v, initial_state=initial, **options)
     weights, final_z = recurrent(q, k, ones, initial_state=initial_z, **options)
     o = cast(o / (weights + _OFFSET), dtype)
@@ -150,16 +153,6 @@ def _linear_attn(
         return o, None
     sequences, heads, width, _ = final_z.shape
     return o, (final, final_z.reshape((sequences, 1, heads, width)))
-
-
-def _widened_alike(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
-    """Returns queries, keys and values of one dtype as sums of them are kept."""
-    queries = widened("q", q)
-    for name, x in (("k", k), ("v", v)):
-        # Two libraries are the extension's to refuse.
-        if namespace_of(name, x) is namespace_of("q", q) and x.dtype != q.dtype:
-            raise TypeError(f"{name}: expected dtype {dtype_name(q)} as q has, got {dtype_name(x)}")
-    return queries, widened("k", k), widened("v", v)
 
 
 def _widened_state(state: Any | None, q: Any) -> Any | None:
