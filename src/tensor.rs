@@ -21,7 +21,7 @@ impl<'a, T> Tensor<'a, T> {
         if needed > data.len() {
             return Err(Error::Shape {
                 arg,
-                expected: format!("at most {} elements", data.len()),
+                expected: format!("of at most {} elements", data.len()),
                 got: format!("{} with strides {strides:?}", shape_text(&shape)),
             });
         }

@@ -398,7 +398,7 @@ impl Parts {
         let extents = shape.iter().map(|&n| usize::try_from(n)).collect::<Result<Vec<_>, _>>();
         let shape = extents.map_err(|_| Error::Shape {
             arg,
-            expected: "extents that are not negative".into(),
+            expected: "with extents that are not negative".into(),
             got: format!("{shape:?}"),
         })?;
         let empty = shape.contains(&0);

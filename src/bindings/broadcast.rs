@@ -56,7 +56,7 @@ pub fn bias<'a, T: Element>(array: Option<&Array<'_>>, target: &[usize], leading
     let arg = array.arg;
     let strides = strides_for(&array.memory, target).ok_or_else(|| Error::Shape {
         arg,
-        expected: format!("one that broadcasts to {}", shape_text(target)),
+        expected: format!("that broadcasts to {}", shape_text(target)),
         got: shape_text(array.shape()),
     })?;
     let empty = target.contains(&0);

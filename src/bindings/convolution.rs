@@ -215,7 +215,8 @@ fn runs(x: &Array<'_>, shape: &ConvShape, options: &Bound<'_, PyDict>) -> PyResu
         return Err(Error::Value { arg: "seq_idx", expected, got: "an array".into() }.into());
     }
     if batch != 1 {
-        let expected = "a batch size of 1, as cu_seqlens is given".into();
+        let one_row = [&[1][..], &x.shape()[1..]].concat();
+        let expected = format!("{}, as cu_seqlens is given", shape_text(&one_row));
         return Err(Error::Shape { arg: x.arg, expected, got: shape_text(x.shape()) }.into());
     }
     let starts = starts("cu_seqlens", &cu_seqlens, x, Some(seqlen))?;

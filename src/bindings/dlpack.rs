@@ -103,7 +103,7 @@ impl Memory {
 pub fn extents(arg: &'static str, tensor: &dlpark::ffi::DLTensor) -> Result<(Vec<i64>, Option<Vec<i64>>)> {
     let rank = usize::try_from(tensor.ndim).ok().filter(|&rank| rank == 0 || !tensor.shape.is_null());
     let Some(rank) = rank else {
-        return Err(Error::Shape { arg, expected: "a described rank".into(), got: format!("rank {}", tensor.ndim) });
+        return Err(Error::Shape { arg, expected: "of a described rank".into(), got: format!("rank {}", tensor.ndim) });
     };
     if rank == 0 {
         return Ok((Vec::new(), Some(Vec::new())));

@@ -196,7 +196,7 @@ fn key_layout(
         Some(_) if tokens == 0 => {
             return Err(Error::Shape {
                 arg: "k_cache",
-                expected: "pages of at least one token".into(),
+                expected: "with pages of at least one token".into(),
                 got: shape_text(&cache.shape),
             }
             .into());

@@ -46,8 +46,8 @@ impl Table {
             arg,
             expected: match align {
                 Align::Heads => format!("({},) or ({}, {})", target[1], target[0], target[1]),
-                Align::HeadsOrRows => format!("({},), or one that broadcasts to {}", target[1], shape_text(&target)),
-                Align::Rows => format!("one that broadcasts to {}", shape_text(&target)),
+                Align::HeadsOrRows => format!("({},), or that broadcasts to {}", target[1], shape_text(&target)),
+                Align::Rows => format!("that broadcasts to {}", shape_text(&target)),
             },
             got: shape_text(&given),
         })?;

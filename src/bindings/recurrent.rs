@@ -146,7 +146,8 @@ pub(super) fn sequences(
         return Ok((0..batch).map(|batch| Sequence { batch, first: 0, len: seqlen }).collect());
     };
     if batch != 1 {
-        let expected = "a batch size of 1, as cu_seqlens is given".into();
+        let one_row = [&[1][..], &like.shape()[1..]].concat();
+        let expected = format!("{}, as cu_seqlens is given", shape_text(&one_row));
         return Err(Error::Shape { arg: like.arg, expected, got: shape_text(like.shape()) }.into());
     }
     let starts = starts("cu_seqlens", cu_seqlens, like, Some(seqlen))?;
@@ -403,7 +404,7 @@ fn check_in_place(initial: Option<&Array<'_>>, inputs: &[&Array<'_>]) -> PyResul
     }
     if !initial.is_contiguous() {
         let got = format!("{} with strides {:?}", shape_text(initial.shape()), initial.memory.strides);
-        return Err(Error::Shape { arg, expected: "a contiguous array, to be written in place".into(), got }.into());
+        return Err(Error::Shape { arg, expected: "with contiguous elements, to be written in place".into(), got }.into());
     }
     Ok(check_memory(initial, inputs)?)
 }

@@ -27,7 +27,7 @@ impl<'a> Stack<'a> {
         shape.extend([heads, length, width]);
         let mismatch = || Error::Shape {
             arg: array.arg,
-            expected: format!("one that broadcasts to {}", shape_text(&shape)),
+            expected: format!("that broadcasts to {}", shape_text(&shape)),
             got: shape_text(array.shape()),
         };
         let strides = broadcast::strides_for(&array.memory, &shape).ok_or_else(mismatch)?;

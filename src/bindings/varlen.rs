@@ -89,7 +89,7 @@ fn pages(table: Option<&Bound<'_, PyAny>>, view: &View<'_>, k_starts: &[usize]) 
     let Some(table) = table else { return Ok(None) };
     let [count, page_size, ..] = view.shape;
     if page_size == 0 {
-        let expected = "pages of at least one token".into();
+        let expected = "with pages of at least one token".into();
         return Err(Error::Shape { arg: "k", expected, got: shape_text(&view.shape) }.into());
     }
     let batch = k_starts.len() - 1;

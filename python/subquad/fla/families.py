@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 ROOT = "fla.ops"
 FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "fla.ops.abc": ("chunk_abc",),
     "fla.ops.delta_rule": ("chunk_delta_rule", "fused_recurrent_delta_rule"),
     "fla.ops.delta_rule.parallel": ("parallel_delta_rule",),
     "fla.ops.gated_delta_product": ("chunk_gated_delta_product",),
@@ -24,9 +25,11 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     ),
     "fla.ops.gla": ("chunk_gla", "fused_recurrent_gla"),
     "fla.ops.gsa": ("chunk_gsa", "fused_recurrent_gsa"),
+    "fla.ops.gsa.gate": ("fused_additive_gate",),
     "fla.ops.hgrn": ("chunk_hgrn", "fused_recurrent_hgrn"),
     "fla.ops.kda": ("chunk_kda", "fused_recurrent_kda"),
     "fla.ops.kda.gate": ("fused_kda_gate",),
+    "fla.ops.lightnet": ("chunk_lightnet", "fused_recurrent_lightnet"),
     "fla.ops.lightning_attn": ("chunk_lightning_attn", "fused_recurrent_lightning_attn"),
     "fla.ops.linear_attn": ("chunk_linear_attn", "fused_chunk_linear_attn", "fused_recurrent_linear_attn"),
     "fla.ops.retention": (

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import ops
+from ..ops.recurrent import recurrent, require
 
 # The signatures are flash-linear-attention's.
 # ruff: noqa: FBT001, FBT002
@@ -68,23 +68,20 @@ def fused_mul_recurrent_rwkv7(
 ) -> tuple[Tensor, Tensor | None]:
     """Computes `subquad.ops.fused_recurrent_rwkv7` with `-kk` and `kk * a` as the two factors of its low-rank term.
 
-    Raises:
-        NotImplementedError: with `reverse`.
+    With `reverse`, sequences are read from the last token to the first.
     """
-    if reverse:
-        raise NotImplementedError(
-            "reverse: bool is not supported; pass sequences with their tokens in reverse order"
-        )
-    outputs: tuple[Tensor, Tensor | None] = ops.fused_recurrent_rwkv7(
+    require(w=w)
+    return recurrent(
         r,
-        w,
         k,
         v,
-        -kk,
-        kk * a,
+        a=-kk,
+        b=kk * a,
+        gk=w,
         scale=scale,
         initial_state=initial_state,
-        output_final_state=output_final_state,
         cu_seqlens=cu_seqlens,
+        output_final_state=output_final_state,
+        reverse=reverse,
+        names={"q": "r", "gk": "w"},
     )
-    return outputs

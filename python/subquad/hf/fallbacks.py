@@ -28,8 +28,10 @@ from subquad.hf.recurrent_arguments import (
     Running,
     beside,
     common_dtype,
+    inputs_of,
     needs_grad,
     parameter_names,
+    parameters_of,
     rows,
     why_refused,
     wide,
@@ -207,14 +209,9 @@ def _mamba2_scan(
         return reason
     dtype = common_dtype(hidden_states, B, C)
     result = ops.mamba_chunk_scan_combined(
-        rows(hidden_states.to(dtype)),
-        rows(beside(dt, dtype)),
-        beside(A, dtype),
-        rows(B.to(dtype)),
-        rows(C.to(dtype)),
-        chunk_size,
-        D=beside(D, dtype),
-        dt_bias=beside(dt_bias, dtype),
+        **inputs_of(dtype, x=rows(hidden_states), B=rows(B), C=rows(C)),
+        **parameters_of(dtype, dt=rows(dt), A=A, D=D, dt_bias=dt_bias),
+        chunk_size=chunk_size,
         initial_states=None if initial_states is None else initial_states.to(wide(dtype)),
         dt_softplus=dt_softplus,
         dt_limit=dt_limit,
@@ -251,14 +248,8 @@ def _state_update(
     kept = state.to(wide(dtype))
     output: torch.Tensor = ops.selective_state_update(
         kept,
-        hidden_states.to(dtype),
-        dt.to(dtype),
-        beside(A, dtype),
-        B.to(dtype),
-        C.to(dtype),
-        D=beside(D, dtype),
-        z=None if z is None else z.to(dtype),
-        dt_bias=beside(dt_bias, dtype),
+        **inputs_of(dtype, x=hidden_states, dt=dt, B=B, C=C, z=z),
+        **parameters_of(dtype, A=A, D=D, dt_bias=dt_bias),
         dt_softplus=dt_softplus,
     )
     if kept is not state:
@@ -290,14 +281,8 @@ def _mamba_scan(
         # Models with several heads scan one after the other.
         initial = (initial if initial.ndim == A.ndim + 1 else initial[:, head]).to(wide(dtype))
     result = ops.selective_scan_fn(
-        hidden_states.to(dtype),
-        dt.to(dtype),
-        beside(A, dtype),
-        B.to(dtype),
-        C.to(dtype),
-        D=beside(D, dtype),
-        z=None if z is None else z.to(dtype),
-        delta_bias=beside(delta_bias, dtype),
+        **inputs_of(dtype, u=hidden_states, delta=dt, B=B, C=C, z=z),
+        **parameters_of(dtype, A=A, D=D, delta_bias=delta_bias),
         delta_softplus=delta_softplus,
         return_last_state=return_last_state,
         initial_state=initial,

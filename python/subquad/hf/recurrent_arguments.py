@@ -93,6 +93,16 @@ def beside(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(wide(dtype))
 
 
+def inputs_of(dtype: torch.dtype, **inputs: torch.Tensor | None) -> dict[str, Any]:
+    """Returns arguments by name in a dtype, `None` as it is."""
+    return {name: None if one is None else one.to(dtype) for name, one in inputs.items()}
+
+
+def parameters_of(dtype: torch.dtype, **parameters: torch.Tensor | None) -> dict[str, Any]:
+    """Returns arguments by name as `beside` does each."""
+    return {name: beside(one, dtype) for name, one in parameters.items()}
+
+
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether gradients of any of the tensors may be asked for."""
     return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)

@@ -8,6 +8,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .additive_gates import fused_additive_gate
     from .convolution import causal_conv1d, causal_conv1d_fn, causal_conv1d_update
     from .delta_rule import chunk_delta_rule, fused_recurrent_delta_rule, parallel_delta_rule
     from .gate_loop import chunk_gate_loop, fused_recurrent_gate_loop
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
         fused_recurrent_iplr_delta_rule,
     )
     from .gla import chunk_gla, fused_recurrent_gla
-    from .gsa import chunk_gsa, fused_recurrent_gsa
+    from .gsa import chunk_abc, chunk_gsa, fused_recurrent_gsa
     from .hgrn import chunk_hgrn, fused_recurrent_hgrn
     from .kda import chunk_kda, fused_recurrent_kda
+    from .lightnet import chunk_lightnet, fused_recurrent_lightnet
     from .lightning_attn import chunk_lightning_attn, fused_recurrent_lightning_attn
     from .linear_attn import chunk_linear_attn, fused_chunk_linear_attn, fused_recurrent_linear_attn
     from .mamba2 import mamba_chunk_scan_combined
@@ -53,6 +55,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_fn",
     "causal_conv1d_update",
+    "chunk_abc",
     "chunk_delta_rule",
     "chunk_dplr_delta_rule",
     "chunk_gate_loop",
@@ -64,12 +67,14 @@ __all__ = [
     "chunk_hgrn",
     "chunk_iplr_delta_rule",
     "chunk_kda",
+    "chunk_lightnet",
     "chunk_lightning_attn",
     "chunk_linear_attn",
     "chunk_retention",
     "chunk_rwkv6",
     "chunk_rwkv7",
     "chunk_simple_gla",
+    "fused_additive_gate",
     "fused_chunk_linear_attn",
     "fused_chunk_retention",
     "fused_chunk_simple_gla",
@@ -85,6 +90,7 @@ __all__ = [
     "fused_recurrent_hgrn",
     "fused_recurrent_iplr_delta_rule",
     "fused_recurrent_kda",
+    "fused_recurrent_lightnet",
     "fused_recurrent_lightning_attn",
     "fused_recurrent_linear_attn",
     "fused_recurrent_retention",
@@ -105,6 +111,7 @@ __all__ = [
 
 # Where they are defined.
 _FAMILIES = (
+    "additive_gates",
     "convolution",
     "delta_rule",
     "gate_loop",
@@ -116,6 +123,7 @@ _FAMILIES = (
     "gsa",
     "hgrn",
     "kda",
+    "lightnet",
     "lightning_attn",
     "linear_attn",
     "mamba2",

@@ -48,7 +48,7 @@ def chunk_dplr_delta_rule(
         cu_seqlens: where packed sequences start, `[N + 1]`.
         cu_seqlens_cpu: no effect.
         safe_gate: no effect: all gates are safe.
-        chunk_size: a multiple of 16 up to 64; changes no result.
+        chunk_size: a power of two from 16 on (above 64, chunks have 64 tokens); changes no result.
         disable_recompute: no effect.
         cp_context: must be `None`.
         lower_bound: promises that no gate is below; below 0, and without effect.
@@ -60,13 +60,12 @@ def chunk_dplr_delta_rule(
     del cu_seqlens_cpu, safe_gate, disable_recompute
     refuse(cp_context=cp_context)
     check_lower_bound(lower_bound)
-    require(a=a, b=b)
-    return recurrent(
+    return _low_rank(
         q,
         k,
         v,
-        a=a,
-        b=b,
+        a,
+        b,
         gk=gk,
         scale=scale,
         initial_state=initial_state,
@@ -102,14 +101,25 @@ def fused_recurrent_dplr_delta_rule(
         scale: see there.
         initial_state: `[N, H, K, V]`.
         output_final_state: see there.
-        reverse: must be False.
+        reverse: whether sequences are read from the last token to the first.
         cu_seqlens: `[N + 1]`.
 
     Returns:
         See there.
     """
-    refuse(reverse=reverse)
-    return chunk_dplr_delta_rule(q, k, v, a, b, gk, scale, initial_state, output_final_state, cu_seqlens)
+    return _low_rank(
+        q,
+        k,
+        v,
+        a,
+        b,
+        gk=gk,
+        scale=scale,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        output_final_state=output_final_state,
+        reverse=reverse,
+    )
 
 
 def chunk_iplr_delta_rule(
@@ -177,3 +187,8 @@ def fused_recurrent_iplr_delta_rule(
         See there.
     """
     return chunk_dplr_delta_rule(q, k, v, a, b, None, scale, initial_state, output_final_state, cu_seqlens)
+
+
+def _low_rank(q: Any, k: Any, v: Any, a: Any, b: Any, **options: Any) -> tuple[Any, Any | None]:
+    require(a=a, b=b)
+    return recurrent(q, k, v, a=a, b=b, **options)

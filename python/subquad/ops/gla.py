@@ -85,7 +85,7 @@ def fused_recurrent_gla(
         scale: see there.
         initial_state: `[N, H, K, V]`.
         output_final_state: see there.
-        reverse: must be False.
+        reverse: whether sequences are read from the last token to the first.
         state_v_first: whether states are `[N, H, V, K]`.
         cu_seqlens: `[N + 1]`.
         **kwargs: see there.
@@ -93,7 +93,7 @@ def fused_recurrent_gla(
     Returns:
         See there.
     """
-    refuse(reverse=reverse, gv=gv)
+    refuse(gv=gv)
     return recurrent(
         q,
         k,
@@ -104,5 +104,6 @@ def fused_recurrent_gla(
         state_v_first=state_v_first,
         cu_seqlens=cu_seqlens,
         output_final_state=output_final_state,
+        reverse=reverse,
         unknown=kwargs,
     )

@@ -5,14 +5,14 @@ Sources: Gated Slot Attention, Zhang et al. 2024; without gates ABC, Peng et al.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from .elementwise import exp, running_logsumexp, softmax
-from .inputs import Inputs
-from .namespace import cast, contiguous, repeated_heads
-from .recurrent import recurrent, refuse, require
-from .sequences import by_sequence, spans_of
+from .additive_gates import averages
+from .elementwise import softmax
+from .inputs import Inputs, state_pair
+from .namespace import backwards, cast, contiguous, repeated_heads
+from .recurrent import recurrent, require
+from .sequences import spans_backwards, spans_of
 
 # The signatures are flash-linear-attention's.
 # ruff: noqa: FBT001, FBT002
@@ -59,7 +59,42 @@ def chunk_gsa(
         The outputs, `[B, T, HQ, V]`, and the final state, a pair, of `None` if it is not asked for.
     """
     del checkpoint_level, cu_seqlens_cpu
-    return _slots(q, k, v, s, g, scale, initial_state, output_final_state, cu_seqlens, kwargs)
+    options: dict[str, Any] = {
+        "output_final_state": output_final_state,
+        "cu_seqlens": cu_seqlens,
+        "unknown": kwargs,
+    }
+    return _slots(q, k, v, s, g, scale, initial_state, **options)
+
+
+def chunk_abc(
+    q: Any,
+    k: Any,
+    v: Any,
+    s: Any,
+    initial_state: tuple[Any, Any] | None = None,
+    output_final_state: bool = False,
+    scale: float | None = None,
+    cu_seqlens: Any | None = None,
+) -> tuple[Any, tuple[Any, Any] | None]:
+    """Computes attention to averages of keys and values (ABC): `chunk_gsa` without `g`.
+
+    Args:
+        q: `[B, T, HQ, K]`.
+        k: `[B, T, H, K]`.
+        v: `[B, T, H, V]`.
+        s: logarithms of the weights of averages, `[B, T, H, M]`.
+        initial_state: `[N, H, K, M]` and `[N, H, M, V]`.
+        output_final_state: see there.
+        scale: see there; flash-linear-attention has the default only.
+        cu_seqlens: `[N + 1]`, which flash-linear-attention does not take.
+
+    Returns:
+        The outputs, `[B, T, HQ, V]`, and the final state, a pair, or `None`.
+    """
+    options: dict[str, Any] = {"output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
+    o, final = _slots(q, k, v, s, None, scale, initial_state, **options)
+    return o, final if output_final_state else None
 
 
 def fused_recurrent_gsa(
@@ -85,14 +120,18 @@ def fused_recurrent_gsa(
         scale: see there.
         initial_state: `[N, H, K, M]` and `[N, H, M, V]`.
         output_final_state: see there.
-        reverse: must be False.
+        reverse: whether sequences are read from the last token to the first; averages are then of the tokens that follow.
         cu_seqlens: `[N + 1]`.
 
     Returns:
         See there.
     """
-    refuse(reverse=reverse)
-    return _slots(q, k, v, s, g, scale, initial_state, output_final_state, cu_seqlens, {})
+    options: dict[str, Any] = {
+        "output_final_state": output_final_state,
+        "cu_seqlens": cu_seqlens,
+        "reverse": reverse,
+    }
+    return _slots(q, k, v, s, g, scale, initial_state, **options)
 
 
 def _slots(
@@ -103,9 +142,10 @@ def _slots(
     g: Any | None,
     scale: float | None,
     initial_state: tuple[Any, Any] | None,
-    output_final_state: bool,
+    *,
     cu_seqlens: Any | None,
-    unknown: Mapping[str, Any],
+    reverse: bool = False,
+    **options: Any,
 ) -> tuple[Any, tuple[Any | None, Any | None]]:
     require(q=q, k=k, v=v, s=s)
     given = Inputs("q", q, "B, T, HQ, K")
@@ -120,11 +160,14 @@ def _slots(
     if not slots:
         raise ValueError(f"s: expected one slot or more, got shape {tuple(s.shape)}")
     spans = spans_of(cu_seqlens, given, tokens)
-    if g is None:
-        s, g = _averages(given, s, spans)
+    if g is None and reverse:
+        s, g, _ = averages(given, backwards("s", s, 1), spans_backwards(spans, tokens))
+        s, g = backwards("s", s, 1), backwards("g", g, 1)
+    elif g is None:
+        s, g, _ = averages(given, s, spans)
     else:
         g = given.beside("g", g, batch, tokens, kept, slots)
-    hk, hv = _pair(initial_state)
+    hk, hv = state_pair(initial_state, "hk, hv")
     sequences = batch if spans is None else len(spans)
     if hk is not None:
         hk = given.beside("initial_state", hk, sequences, kept, width, slots)
@@ -135,11 +178,7 @@ def _slots(
     q = cast(q, given.sums)
     k, v, s, g = (repeated_heads(cast(x, given.sums), group, 2) for x in (k, v, s, g))
     hk, hv = (None if x is None else repeated_heads(x, group, 1) for x in (hk, hv))
-    options: dict[str, Any] = {
-        "cu_seqlens": cu_seqlens,
-        "output_final_state": output_final_state,
-        "unknown": unknown,
-    }
+    options |= {"cu_seqlens": cu_seqlens, "reverse": reverse}
     # Decays of columns: each slot is a value head of its own, of width 1.
     columns = (batch, tokens, heads * slots)
     scores, hk = recurrent(
@@ -160,33 +199,6 @@ def _slots(
         hk = contiguous(_turned(hk.reshape((sequences, heads, slots, width))[:, ::group]))
         hv = contiguous(hv[:, ::group]) if group > 1 else hv
     return cast(o, given.first.dtype), (hk, hv)
-
-
-def _averages(given: Inputs, s: Any, spans: list[tuple[int, int]] | None) -> tuple[Any, Any]:
-    """Returns what is written to slots and their log decays, where slots are averages."""
-    # In float64: both are differences of sums over all tokens.
-    s = cast(s, given.xp.float64)
-    z = by_sequence(spans, running_logsumexp, s)
-    g = by_sequence(spans, _steps_down, z)
-    return cast(exp(s - z), given.sums), cast(g, given.sums)
-
-
-def _steps_down(z: Any) -> Any:
-    """Returns how much lower the token before each is, 0 at the first and where that rounds to above 0."""
-    given = Inputs("z", z, "B, T, H, M")
-    before = given.xp.concatenate([z[:, :1], z[:, :-1]], 1)
-    return given.xp.clip(before - z, None, 0.0)
-
-
-def _pair(initial_state: Any) -> tuple[Any | None, Any | None]:
-    """Returns the two states, either of which may be absent."""
-    if initial_state is None:
-        return None, None
-    if not isinstance(initial_state, tuple | list) or len(initial_state) != 2:
-        kind = type(initial_state).__name__
-        raise TypeError(f"initial_state: expected a pair (hk, hv), got {kind}")
-    first, second = initial_state
-    return first, second
 
 
 def _turned(hk: Any) -> Any:

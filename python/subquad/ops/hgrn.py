@@ -20,7 +20,7 @@ def chunk_hgrn(
     """Computes `o_t = h_t = exp(g_t) h_(t-1) + x_t` in each channel.
 
     PyTorch differentiates it by all tensors, from the outputs: in half types, gradients of gates have the accuracy of those.
-    `torch.compile` sees `subquad::linear_scan`.
+    `torch.compile` sees `subquad::linear_scan`; autocast casts `x`, but not gates and states.
 
     Args:
         x: inputs, `[B, T, D]`; float32, float64, float16 or bfloat16.

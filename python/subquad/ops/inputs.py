@@ -91,6 +91,25 @@ class Inputs:
             raise TypeError(f"{name}: expected dtype {expected}, got {dtype_name(array)}")
 
 
+def state_pair(initial_state: Any, names: str) -> tuple[Any | None, Any | None]:
+    """Returns the two states before the first token, either of which may be absent.
+
+    Args:
+        initial_state: a pair, or `None`: both are absent.
+        names: of the two, for the message.
+
+    Raises:
+        TypeError: for what is no pair.
+    """
+    if initial_state is None:
+        return None, None
+    if not isinstance(initial_state, tuple | list) or len(initial_state) != 2:
+        kind = type(initial_state).__name__
+        raise TypeError(f"initial_state: expected a pair ({names}), got {kind}")
+    first, second = initial_state
+    return first, second
+
+
 def check_chunk_size(chunk_size: int) -> None:
     """Raises `ValueError` for a chunk that has no tokens. Chunks are as long as suits the engine, whatever is given."""
     if not chunk_size > 0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from .namespace import head_constants
-from .recurrent import recurrent, refuse
+from .recurrent import recurrent
 
 # The signatures are flash-linear-attention's.
 # ruff: noqa: FBT001, FBT002
@@ -45,15 +45,11 @@ def chunk_lightning_attn(
     Returns:
         The outputs, `[B, T, H, V]`, and the final state or `None`.
     """
-    if not 0 <= layer_idx <= num_layers or num_layers < 1:
-        raise ValueError(f"layer_idx: expected 0 to num_layers, {num_layers}, got {layer_idx}")
-    heads = q.shape[2] if getattr(q, "ndim", 0) == 4 else 1
-    rate = 8.0 / max(heads, 1) * (1.0 - layer_idx / num_layers)
     return recurrent(
         q,
         k,
         v,
-        g_gamma=head_constants(q, v, lambda head: -rate * head),
+        g_gamma=_decays(q, v, layer_idx, num_layers),
         scale=scale,
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
@@ -86,14 +82,31 @@ def fused_recurrent_lightning_attn(
         scale: see there.
         initial_state: `[N, H, K, V]`.
         output_final_state: see there.
-        reverse: must be False.
+        reverse: whether sequences are read from the last token to the first.
         cu_seqlens: `[N + 1]`.
         **kwargs: see there.
 
     Returns:
         See there.
     """
-    refuse(reverse=reverse)
-    return chunk_lightning_attn(
-        q, k, v, layer_idx, num_layers, scale, initial_state, output_final_state, cu_seqlens, **kwargs
+    return recurrent(
+        q,
+        k,
+        v,
+        g_gamma=_decays(q, v, layer_idx, num_layers),
+        scale=scale,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        output_final_state=output_final_state,
+        reverse=reverse,
+        unknown=kwargs,
     )
+
+
+def _decays(q: Any, v: Any, layer_idx: int, num_layers: int) -> Any:
+    """Returns the log decay of each head, `[H]`."""
+    if not 0 <= layer_idx <= num_layers or num_layers < 1:
+        raise ValueError(f"layer_idx: expected 0 to num_layers, {num_layers}, got {layer_idx}")
+    heads = q.shape[2] if getattr(q, "ndim", 0) == 4 else 1
+    rate = 8.0 / max(heads, 1) * (1.0 - layer_idx / num_layers)
+    return head_constants(q, v, lambda head: -rate * head)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from .inputs import Inputs
 from .namespace import cast, dtype_name, namespace_of, widened
-from .recurrent import recurrent, refuse
+from .recurrent import recurrent
 
 # The signatures are flash-linear-attention's.
 # ruff: noqa: FBT001, FBT002
@@ -45,27 +46,16 @@ def chunk_linear_attn(
     Returns:
         The outputs, `[B, T, H, V]`, and the final state: `S`, with `normalize` `(S, z)`, or `None`.
     """
-    options: dict[str, Any] = {
-        "scale": scale,
-        "cu_seqlens": cu_seqlens,
-        "output_final_state": output_final_state,
-    }
-    if not normalize:
-        return recurrent(q, k, v, initial_state=initial_state, **options)
-    initial, initial_z = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
-    namespace_of("q", q)
-    initial, initial_z = _widened_state(initial, q), _column(initial_z, q)
-    dtype = q.dtype
-    q, k, v = _widened_alike(q, k, v)
-    # The sums to divide by are what a value of 1 in all tokens would give.
-    ones = namespace_of("v", v).ones_like(v[..., :1])
-    o, final = recurrent(q, k, v, initial_state=initial, **options)
-    weights, final_z = recurrent(q, k, ones, initial_state=initial_z, **options)
-    o = cast(o / (weights + _OFFSET), dtype)
-    if final is None or final_z is None:
-        return o, None
-    sequences, heads, width, _ = final_z.shape
-    return o, (final, final_z.reshape((sequences, 1, heads, width)))
+    return _linear_attn(
+        q,
+        k,
+        v,
+        initial_state,
+        normalize=normalize,
+        scale=scale,
+        cu_seqlens=cu_seqlens,
+        output_final_state=output_final_state,
+    )
 
 
 def fused_chunk_linear_attn(
@@ -116,25 +106,53 @@ def fused_recurrent_linear_attn(
         scale: see there.
         initial_state: `[N, H, K, V]`; with `normalize` also that and `[N, 1, H, K]`.
         output_final_state: see there.
-        reverse: must be False.
+        reverse: whether sequences are read from the last token to the first.
         normalize: see there; False by default.
         cu_seqlens: `[N + 1]`.
 
     Returns:
         See there.
     """
-    refuse(reverse=reverse)
-    return chunk_linear_attn(q, k, v, scale, initial_state, output_final_state, normalize, cu_seqlens)
+    return _linear_attn(
+        q,
+        k,
+        v,
+        initial_state,
+        normalize=normalize,
+        scale=scale,
+        cu_seqlens=cu_seqlens,
+        output_final_state=output_final_state,
+        reverse=reverse,
+    )
 
 
-def _widened_alike(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
-    """Returns queries, keys and values of one dtype as sums of them are kept."""
-    queries = widened("q", q)
-    for name, x in (("k", k), ("v", v)):
-        # Two libraries are the extension's to refuse.
-        if namespace_of(name, x) is namespace_of("q", q) and x.dtype != q.dtype:
-            raise TypeError(f"{name}: expected dtype {dtype_name(q)} as q has, got {dtype_name(x)}")
-    return queries, widened("k", k), widened("v", v)
+def _linear_attn(
+    q: Any,
+    k: Any,
+    v: Any,
+    initial_state: Any | tuple[Any, Any] | None,
+    *,
+    normalize: bool,
+    **options: Any,
+) -> tuple[Any, Any | tuple[Any, Any] | None]:
+    if not normalize:
+        return recurrent(q, k, v, initial_state=initial_state, **options)
+    initial, initial_z = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
+    given = Inputs("q", q, "B, T, H, K")
+    k = given.alike("k", k, *q.shape)
+    v = given.alike("v", v, *q.shape[:2], "HV", "V")
+    initial, initial_z = _widened_state(initial, q), _column(initial_z, q)
+    dtype = q.dtype
+    q, k, v = (cast(x, given.sums) for x in (q, k, v))
+    # The sums to divide by are what a value of 1 in all tokens would give.
+    ones = given.xp.ones_like(v[..., :1])
+    o, final = recurrent(q, k, v, initial_state=initial, **options)
+    weights, final_z = recurrent(q, k, ones, initial_state=initial_z, **options)
+    o = cast(o / (weights + _OFFSET), dtype)
+    if final is None or final_z is None:
+        return o, None
+    sequences, heads, width, _ = final_z.shape
+    return o, (final, final_z.reshape((sequences, 1, heads, width)))
 
 
 def _widened_state(state: Any | None, q: Any) -> Any | None:
@@ -151,5 +169,5 @@ def _column(z: Any | None, q: Any) -> Any | None:
     if z is None:
         return None
     if z.ndim != 4 or z.shape[1] != 1:
-        raise ValueError(f"initial_state: expected (N, 1, H, K) as the shape of z, got {tuple(z.shape)}")
+        raise ValueError(f"initial_state: expected shape (N, 1, H, K) of z, got {tuple(z.shape)}")
     return z.reshape((z.shape[0], z.shape[2], z.shape[3], 1))

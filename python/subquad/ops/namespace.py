@@ -96,6 +96,22 @@ def contiguous(x: Any) -> Any:
     return x.copy() if hasattr(x, "copy") else x.contiguous()
 
 
+def backwards(name: str, x: Any, axis: int) -> Any:
+    """Returns an array with one of its axes in the other order, and what has no such axis as it is.
+
+    Args:
+        name: of the argument, for the message.
+        x: the argument.
+        axis: the axis.
+
+    Raises:
+        TypeError: for objects that have axes but are no arrays.
+    """
+    if getattr(x, "ndim", 0) <= axis:
+        return x
+    return x.flip(axis) if hasattr(x, "flip") else namespace_of(name, x).flip(x, axis=axis)
+
+
 def repeated_heads(x: Any, times: int, axis: int) -> Any:
     """Returns an array with each head so many times, one after the other."""
     if times == 1:

@@ -102,7 +102,7 @@ def fused_recurrent_retention(
         scale: see there.
         initial_state: `[N, H, K, V]`.
         output_final_state: see there.
-        reverse: must be False.
+        reverse: whether sequences are read from the last token to the first.
         state_v_first: whether states are `[N, H, V, K]`.
         cu_seqlens: `[N + 1]`.
         **kwargs: see there.
@@ -110,7 +110,6 @@ def fused_recurrent_retention(
     Returns:
         See there.
     """
-    refuse(reverse=reverse)
     return recurrent(
         q,
         k,
@@ -121,6 +120,7 @@ def fused_recurrent_retention(
         state_v_first=state_v_first,
         cu_seqlens=cu_seqlens,
         output_final_state=output_final_state,
+        reverse=reverse,
         unknown=kwargs,
     )
 

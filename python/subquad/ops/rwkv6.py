@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .recurrent import recurrent, refuse, require
+from .recurrent import recurrent, require
 
 # The signatures are flash-linear-attention's.
 # ruff: noqa: FBT001, FBT002
@@ -47,19 +47,17 @@ def chunk_rwkv6(
         The outputs, `[B, T, H, V]`, and the final state or `None`.
     """
     del cu_seqlens_cpu
-    require(w=w, u=u)
-    return recurrent(
+    return _rwkv6(
         r,
         k,
         v,
-        gk=w,
-        u=u,
+        w,
+        u,
         scale=scale,
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
         output_final_state=output_final_state,
         unknown=kwargs,
-        names={"q": "r", "gk": "w"},
     )
 
 
@@ -87,12 +85,28 @@ def fused_recurrent_rwkv6(
         scale: see there.
         initial_state: `[N, H, K, V]`.
         output_final_state: see there.
-        reverse: must be False.
+        reverse: whether sequences are read from the last token to the first.
         cu_seqlens: `[N + 1]`.
         **kwargs: see there.
 
     Returns:
         See there.
     """
-    refuse(reverse=reverse)
-    return chunk_rwkv6(r, k, v, w, u, scale, initial_state, output_final_state, cu_seqlens, **kwargs)
+    return _rwkv6(
+        r,
+        k,
+        v,
+        w,
+        u,
+        scale=scale,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        output_final_state=output_final_state,
+        reverse=reverse,
+        unknown=kwargs,
+    )
+
+
+def _rwkv6(r: Any, k: Any, v: Any, w: Any, u: Any, **options: Any) -> tuple[Any, Any | None]:
+    require(w=w, u=u)
+    return recurrent(r, k, v, gk=w, u=u, names={"q": "r", "gk": "w"}, **options)

@@ -50,7 +50,7 @@ def chunk_rwkv7(
         cu_seqlens: where packed sequences start, `[N + 1]`.
         cu_seqlens_cpu: no effect.
         safe_gate: no effect: all gates are safe.
-        chunk_size: a multiple of 16 up to 64; changes no result.
+        chunk_size: a power of two from 16 on (above 64, chunks have 64 tokens); changes no result.
         disable_recompute: no effect.
         cp_context: must be `None`.
         lower_bound: promises that no gate is below; below 0, and without effect.

@@ -35,7 +35,7 @@ def selective_scan_fn(
     """Computes `h_t = exp(delta_t A) h_(t-1) + delta_t B_t u_t`, `y_t = C_t^T h_t + D u_t` in each channel, times `z * sigmoid(z)`.
 
     PyTorch differentiates it by all tensors, with the states before every 64th step kept until then. `torch.compile` sees
-    `subquad::selective_scan`.
+    `subquad::selective_scan`; autocast casts `u`, `delta`, `B`, `C` and `z`.
 
     Args:
         u: inputs, `[B, D, L]`. `[B, L, D]` arrays that are transposed are read as they are.

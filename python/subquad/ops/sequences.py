@@ -8,7 +8,7 @@ from typing import Any
 
 from .inputs import Inputs
 from .namespace import namespace_of, zeros
-from .recurrent import recurrent
+from .recurrent import check_bounds
 
 
 def spans_of(cu_seqlens: Any | None, given: Inputs, tokens: int) -> list[tuple[int, int]] | None:
@@ -25,12 +25,13 @@ def spans_of(cu_seqlens: Any | None, given: Inputs, tokens: int) -> list[tuple[i
     """
     if cu_seqlens is None:
         return None
-    # It is the engine that says what is wrong. A call without heads computes nothing.
-    nothing = zeros(given.first, (given.first.shape[0], tokens, 0, 1), given.sums)
-    recurrent(
-        nothing, nothing, nothing, cu_seqlens=cu_seqlens, output_final_state=False, names={"q": given.name}
-    )
+    check_bounds(cu_seqlens, given.first, tokens, name=given.name)
     return list(pairwise(cu_seqlens.tolist()))
+
+
+def spans_backwards(spans: list[tuple[int, int]] | None, tokens: int) -> list[tuple[int, int]] | None:
+    """Returns `spans_of` what it would be with the tokens of a row in the other order."""
+    return spans and [(tokens - end, tokens - first) for first, end in reversed(spans)]
 
 
 def by_sequence(

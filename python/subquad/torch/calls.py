@@ -15,8 +15,8 @@ from subquad import _native
 from subquad.torch import library
 from subquad.torch.attention_operators import ATTENTION, ATTENTION_VARLEN
 from subquad.torch.convolution_operators import CAUSAL_CONV1D
-from subquad.torch.functions import apply
-from subquad.torch.operator_row import Operator, Options
+from subquad.torch.dispatch import as_cast, casts, compute
+from subquad.torch.operator_row import Options
 from subquad.torch.plain import Route, route
 from subquad.torch.recurrent_operators import RECURRENT, with_defaults
 from subquad.torch.scan_calls import linear_scan, selective_scan
@@ -68,16 +68,12 @@ def _with_seed(options: Options) -> Options:
     return options | {"dropout_seed": int(torch.randint(2**63 - 1, ()))}
 
 
-def _compute(
-    operator: Operator, tensors: Sequence[Any], options: Options, way: Route, names: Sequence[str]
-) -> Any:
-    if way is Route.OPERATOR:
-        return library.call(operator, tensors, options)
+def _own_window(options: Options, way: Route) -> Options:
+    """Returns the options with windows that nobody else writes to where an eager backward pass reads them again."""
     window_size = options.get("window_size")
-    if window_size is not None and isinstance(window_size, torch.Tensor):
-        # The backward pass reads it again.
-        options = options | {"window_size": window_size.clone()}
-    return apply(operator, tensors, options, names)
+    if way is Route.OPERATOR or not isinstance(window_size, torch.Tensor):
+        return options
+    return options | {"window_size": window_size.clone()}
 
 
 def attention_as_it_is(q: Any, k: Any, v: Any, options: Options, *, return_lse: bool, out: Any) -> Any:
@@ -95,7 +91,7 @@ def attention_as_it_is(q: Any, k: Any, v: Any, options: Options, *, return_lse: 
         return _native.attention(q, k, v, **options, return_lse=return_lse, out=out)
     if out is not None:
         raise _refused_out("attention", "out", arguments)
-    results = _compute(ATTENTION, tensors, options, way, names)
+    results = compute(ATTENTION, tensors, _own_window(options, way), way, names)
     return results if return_lse else results[0]
 
 
@@ -103,8 +99,9 @@ def attention_varlen(
     q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, options: Options, *, return_lse: bool
 ) -> Any:
     """Computes what `subquad.attention_varlen` asks of the extension."""
-    if _casts():
-        q, k, v = library.autocast(q), library.autocast(k), library.autocast(v)
+    if casts():
+        cast, options = as_cast(ATTENTION_VARLEN, (q, k, v, cu_seqlens_q, cu_seqlens_k), options)
+        q, k, v, cu_seqlens_q, cu_seqlens_k = cast
         with torch.autocast("cpu", enabled=False):
             return attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, options, return_lse=return_lse)
     if options["softcap"] is not None:
@@ -116,21 +113,15 @@ def attention_varlen(
     way = route((*tensors, *[options[name] for name in names]))
     if way is Route.EXTENSION:
         return _native.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options, return_lse=return_lse)
-    results = _compute(ATTENTION_VARLEN, tensors, options, way, names)
+    results = compute(ATTENTION_VARLEN, tensors, _own_window(options, way), way, names)
     return results if return_lse else results[0]
-
-
-def _casts() -> bool:
-    """Whether autocast is at work here; custom operators in compiled code cast themselves."""
-    return not torch.compiler.is_compiling() and torch.is_autocast_enabled("cpu")
 
 
 def attention(q: Any, k: Any, v: Any, options: Options, *, return_lse: bool, out: Any) -> Any:
     """Computes `subquad.attention` from its arguments, masks and normalizers lowered."""
-    if not _casts():
+    if not casts():
         return attention_as_it_is(q, k, v, options, return_lse=return_lse, out=out)
-    q, k, v = library.autocast(q), library.autocast(k), library.autocast(v)
-    options = options | {"bias": library.autocast(options["bias"])}
+    (q, k, v), options = as_cast(ATTENTION, (q, k, v), options)
     with torch.autocast("cpu", enabled=False):
         return attention_as_it_is(q, k, v, options, return_lse=return_lse, out=out)
 
@@ -146,7 +137,7 @@ def scaled_dot_product_attention(
     enable_gqa: bool,  # noqa: FBT001 - PyTorch's order of arguments
 ) -> Any:
     """Computes `subquad.scaled_dot_product_attention` by way of `attention`."""
-    if _casts():
+    if casts():
         query, key, value, attn_mask = map(library.autocast, (query, key, value, attn_mask))
         with torch.autocast("cpu", enabled=False):
             return scaled_dot_product_attention(
@@ -189,7 +180,7 @@ def recurrent_as_it_is(
         return _native.recurrent(q, k, v, options, output_final_state)
     if options.pop("inplace_final_state"):
         raise _refused_out("recurrent", "inplace_final_state", arguments)
-    out, state = _compute(RECURRENT, (q, k, v), options, way, names)
+    out, state = compute(RECURRENT, (q, k, v), options, way, names)
     return out, state if output_final_state else None
 
 
@@ -200,10 +191,9 @@ def recurrent(
 
     Autocast casts the rows; gates, `beta` and states stay what they are.
     """
-    if not _casts():
+    if not casts():
         return recurrent_as_it_is(q, k, v, options, output_final_state=output_final_state)
-    q, k, v = library.autocast(q), library.autocast(k), library.autocast(v)
-    options = options | {name: library.autocast(options.get(name)) for name in ("a", "b")}
+    (q, k, v), options = as_cast(RECURRENT, (q, k, v), options)
     with torch.autocast("cpu", enabled=False):
         return recurrent_as_it_is(q, k, v, options, output_final_state=output_final_state)
 
@@ -224,15 +214,14 @@ def causal_conv1d_as_it_is(
         if options[name] is not None and name not in names:
             raise TypeError(f"{name}: expected a PyTorch tensor as x is, got {type(options[name]).__name__}")
     options = {name: option for name, option in options.items() if name != "final_state"}
-    out, state = _compute(CAUSAL_CONV1D, (x, weight), options, way, names)
+    out, state = compute(CAUSAL_CONV1D, (x, weight), options, way, names)
     return out, state if output_final_state else None
 
 
 def causal_conv1d(x: Any, weight: Any, options: Options, *, output_final_state: bool) -> tuple[Any, Any]:
     """Computes what `subquad.ops.convolution` asks of the extension."""
-    if not _casts():
+    if not casts():
         return causal_conv1d_as_it_is(x, weight, options, output_final_state=output_final_state)
-    cast = {name: library.autocast(options[name]) for name in ("bias", "residual", "initial_state")}
-    x, weight = library.autocast(x), library.autocast(weight)
+    (x, weight), options = as_cast(CAUSAL_CONV1D, (x, weight), options)
     with torch.autocast("cpu", enabled=False):
-        return causal_conv1d_as_it_is(x, weight, options | cast, output_final_state=output_final_state)
+        return causal_conv1d_as_it_is(x, weight, options, output_final_state=output_final_state)

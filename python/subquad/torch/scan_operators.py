@@ -68,6 +68,7 @@ SELECTIVE_SCAN = Operator(
     compute=_selective_scan,
     fake=_fake_selective_scan,
     derivative=SELECTIVE_SCAN_BACKWARD,
+    autocast=frozenset({"u", "delta", "B", "C", "z"}),
     derivative_call=_selective_scan_call,
     missing="",
 )
@@ -138,6 +139,7 @@ LINEAR_SCAN = Operator(
     compute=_linear_scan,
     fake=_fake_linear_scan,
     derivative=LINEAR_SCAN_BACKWARD,
+    autocast=frozenset({"x"}),
     derivative_call=_linear_scan_call,
     missing="",
 )

@@ -55,7 +55,7 @@ impl<'a, T> Plane<'a, T> {
         let order = if shape.contains(&0) { Some(Order::Steps) } else { Order::of(shape, strides) };
         let order = order.ok_or_else(|| wrong("with contiguous channels or steps".into()))?;
         if extent(arg, &shape, &strides)? > data.len() {
-            return Err(wrong(format!("at most {} elements", data.len())));
+            return Err(wrong(format!("of at most {} elements", data.len())));
         }
         Ok(Self { data, order, strides })
     }

@@ -48,7 +48,7 @@ impl<'a, T> Strided<'a, T> {
     pub fn new(arg: &'static str, data: &'a [T], shape: [usize; 4], strides: [usize; 4]) -> Result<Self> {
         if extent(arg, &shape, &strides)? > data.len() {
             let got = format!("{} with strides {strides:?}", shape_text(&shape));
-            return Err(Error::Shape { arg, expected: format!("at most {} elements", data.len()), got });
+            return Err(Error::Shape { arg, expected: format!("of at most {} elements", data.len()), got });
         }
         Ok(Self { data, strides })
     }

@@ -56,13 +56,13 @@ print(found <= set(subquad.ops.__all__), len(found) > 30)
 @pytest.mark.parametrize(
     ("statement", "error", "named"),
     [
-        ("from fla.ops.gla import chunk_abc", "ImportError", "chunk_abc"),
-        ("from fla.ops import chunk_abc", "ImportError", "chunk_abc"),
-        ("import fla; fla.ops.gla.chunk_abc", "AttributeError", "'chunk_abc': flash-linear-attention"),
+        ("from fla.ops.gla import chunk_comba", "ImportError", "chunk_comba"),
+        ("from fla.ops import chunk_comba", "ImportError", "chunk_comba"),
+        ("import fla; fla.ops.gla.chunk_comba", "AttributeError", "'chunk_comba': flash-linear-attention"),
         ("import fla; fla.layers", "AttributeError", "'layers': flash-linear-attention"),
         ("import fla.layers", "ModuleNotFoundError", "fla.layers"),
         ("from fla.modules import RMSNorm", "ModuleNotFoundError", "fla.modules"),
-        ("import fla.ops.abc", "ModuleNotFoundError", "fla.ops.abc"),
+        ("import fla.ops.comba", "ModuleNotFoundError", "fla.ops.comba"),
         ("import fla.ops.gla.chunk", "ModuleNotFoundError", "fla.ops.gla.chunk"),
     ],
 )

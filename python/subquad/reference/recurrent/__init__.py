@@ -5,7 +5,7 @@ results (chunk sizes, checkpoints, whether states are returned: they always are)
 """
 
 from .convolution import causal_conv1d_fn, causal_conv1d_update
-from .decayed import gateloop, gla, hgrn, lightning_attn, linear_attn, retention, rwkv6, simple_gla
+from .decayed import gateloop, gla, hgrn, lightnet, lightning_attn, linear_attn, retention, rwkv6, simple_gla
 from .delta import (
     delta_rule,
     dplr_delta_rule,
@@ -35,6 +35,7 @@ __all__ = [
     "iplr_delta_rule",
     "kda",
     "kda_gate",
+    "lightnet",
     "lightning_attn",
     "linear_attn",
     "mamba_chunk_scan_combined",

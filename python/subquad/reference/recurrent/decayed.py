@@ -287,6 +287,56 @@ def rwkv6(
     return recur_matrix(step, tokens, initial_state, shape, reverse=reverse, cu_seqlens=cu_seqlens)
 
 
+def lightnet(
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: float | None = None,
+    initial_state: tuple[Array | None, Array | None] | None = None,
+    *,
+    state_v_first: bool = False,
+    cu_seqlens: Any | None = None,
+) -> tuple[Float64, tuple[Float64, Float64]]:
+    """LightNet's attention in float64: channel `c` of the state is the average of the values so far with the weights `exp(k[c])`.
+
+    `z_t = log(exp(z_(t-1)) + exp(k_t))`, `S_t = diag(exp(z_(t-1) - z_t)) S_(t-1) + exp(k_t - z_t) v_t^T`, `o_t = q_t^T S_t`.
+
+    You Only Scan Once, Qin et al. 2024.
+
+    Args:
+        q: `[B, T, H, K]`.
+        k: logarithms of weights, `[B, T, H, K]`.
+        v: `[B, T, H, V]`.
+        scale: factor of the queries. Default: `K ** -0.5`.
+        initial_state: `(S, z)` before the first token, `[N, H, K, V]` and `[N, 1, H, K]`. Defaults: 0, and `-inf`, for which the
+            first decay is 1.
+        state_v_first: whether `S` is given and returned as `[N, H, V, K]`.
+        cu_seqlens: see `linear_attn`.
+
+    Returns:
+        `o`, `[B, T, H, V]`, and `(S, z)` after the last token.
+    """
+    batch, _, heads, width = q.shape
+    q, k = queries_and_keys(q, k, scale, heads)
+
+    def step(states: States, q: Array, k: Array, v: Array) -> tuple[States, Array]:
+        state, z = states
+        z_new = np.logaddexp(z, k)
+        decay = np.where(np.isneginf(z), 1.0, np.exp(z - z_new))
+        state = decay[..., None] * state + outer(np.exp(k - z_new), v)
+        return (state, z_new), read(q, state)
+
+    initial, initial_z = (None, None) if initial_state is None else initial_state
+    if initial is not None and state_v_first:
+        initial = np.swapaxes(initial, -1, -2)
+    state = first_state(initial, (heads, width, v.shape[-1]), batch, cu_seqlens)
+    nothing = np.full((len(state), 1, heads, width), -np.inf)
+    z = first_state((nothing if initial_z is None else initial_z)[:, 0], (heads, width), batch, cu_seqlens)
+    tokens = (q, k, v.astype(np.float64))
+    o, (state, z) = recur(step, tokens, (state, z), (heads, v.shape[-1]), cu_seqlens=cu_seqlens)
+    return o, (np.swapaxes(state, -1, -2) if state_v_first else state, z[:, None])
+
+
 def gateloop(
     q: Array,
     k: Array,

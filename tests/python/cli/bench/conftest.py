@@ -1,10 +1,17 @@
-"""Tiny shapes, and settings that measure them shortly."""
+"""Tiny shapes, settings that measure them shortly, and what stands in for measurements."""
 
+import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 
+import subquad
+from subquad.cli.bench import contenders
 from subquad.cli.bench.outcome import Settings
 
 TINY = """
@@ -189,3 +196,74 @@ def quick(monkeypatch) -> None:
     monkeypatch.setattr("subquad.cli.bench.timing._SAMPLE_SECONDS", 1e-4)
     monkeypatch.setattr("subquad.cli.bench.timing._WARM_SECONDS", 0.0)
     monkeypatch.setattr("subquad.cli.bench.contenders._PROBE_SECONDS", 1e-4)
+
+
+@pytest.fixture
+def replay(monkeypatch) -> Callable[..., dict[str, Any]]:
+    """Replaces the samples of a benchmark's contenders by given ones, which a test may change.
+
+    Those of one round have their first alone. How many rounds each was asked for is noted as `rounds`.
+    """
+
+    def arrange(module: ModuleType, samples: dict[str, Any], *, level: str | None = None) -> dict[str, Any]:
+        def interleave(field, **_):
+            samples["rounds"] = {each.name: each.rounds for each in field}
+            return {each.name: samples[each.name][: each.rounds] for each in field}
+
+        monkeypatch.setattr(module, "interleave", interleave)
+        monkeypatch.setattr(contenders, "peak_kind", lambda _dtype: "f32")
+        if level is not None:
+            monkeypatch.setattr(subquad._native, "config", lambda: {"level": level})
+        return samples
+
+    return arrange
+
+
+@pytest.fixture
+def child(monkeypatch) -> Callable[..., list[dict[str, object]]]:
+    """Replaces the process that measures memory; returns what it is asked for."""
+
+    def arrange(
+        size: int | None = None, failure: str = "", *, status: int = 0, err: str = ""
+    ) -> list[dict[str, object]]:
+        requests = []
+        method = "unavailable" if size is None else "sampled"
+        answer = json.dumps({"bytes": size, "method": method, "failure": failure})
+
+        def run(_command, *, input, **_options):
+            requests.append(json.loads(input))
+            return subprocess.CompletedProcess([], status, "" if status else answer, err)
+
+        monkeypatch.setattr(subprocess, "run", run)
+        return requests
+
+    return arrange
+
+
+@pytest.fixture
+def spoil(monkeypatch) -> Callable[..., None]:
+    """Lets a function return NaN at one place with two threads: in its result, or in one of several by index."""
+
+    def arrange(
+        module: ModuleType, name: str, place: tuple[int, ...] = (0, 0, 0, 0), *, of: int | None = None
+    ) -> None:
+        function = getattr(module, name)
+
+        def wrong(*arguments, **options):
+            found = function(*arguments, **options)
+            results = [found] if of is None else list(found)
+            spoiled = np.array(results[of or 0])
+            if subquad.get_num_threads() == 2:
+                spoiled[place] = np.nan
+            results[of or 0] = spoiled
+            return spoiled if of is None else tuple(results)
+
+        monkeypatch.setattr(module, name, wrong)
+
+    return arrange
+
+
+@pytest.fixture
+def without_bfloat16(monkeypatch) -> None:
+    """NumPy has no bfloat16."""
+    monkeypatch.setattr("subquad.cli.bench.tensors.find_spec", lambda _name: None)

@@ -1,13 +1,9 @@
 """The benchmark of forward and backward."""
 
-import json
-import subprocess
-
-import numpy as np
 import pytest
 
 import subquad
-from subquad.cli.bench import backward, contenders
+from subquad.cli.bench import backward
 from subquad.cli.bench.backward_shape import BackwardShape
 
 pytestmark = pytest.mark.usefixtures("keep_threads")
@@ -21,7 +17,7 @@ MEASURED = BackwardShape("c", **SIZES, threads=(1, 2), limit_mib_per_thread=4)
 
 
 @pytest.fixture
-def fixed(monkeypatch):
+def fixed(replay):
     """Replaces the samples of every contender; a test may change them."""
     # In the second round everything is twice as slow, and a slow torch is not there any more.
     samples = {
@@ -33,32 +29,7 @@ def fixed(monkeypatch):
         "torch/1": [6e-6, 12e-6, 6e-6],
         "torch/2": [5e-6, 10e-6, 5e-6],
     }
-
-    def interleave(field, **_):
-        samples["rounds"] = {each.name: each.rounds for each in field}
-        return {each.name: samples[each.name][: each.rounds] for each in field}
-
-    monkeypatch.setattr(backward, "interleave", interleave)
-    monkeypatch.setattr(contenders, "peak_kind", lambda _dtype: "f32")
-    monkeypatch.setattr(backward._native, "config", lambda: {"level": "avx2"})
-    return samples
-
-
-@pytest.fixture
-def child(monkeypatch):
-    """Replaces the process that measures memory."""
-    requests = []
-
-    def arrange(size: int | None, failure: str = "") -> list[dict[str, object]]:
-        def run(_command, *, input, **_options):
-            requests.append(json.loads(input))
-            answer = {"bytes": size, "method": "sampled", "failure": failure}
-            return subprocess.CompletedProcess([], 0, json.dumps(answer), "")
-
-        monkeypatch.setattr(subprocess, "run", run)
-        return requests
-
-    return arrange
+    return replay(backward, samples, level="avx2")
 
 
 def test_figures(fixed, make_settings):
@@ -142,24 +113,16 @@ def test_memory_unknown_or_wrong(fixed, child, make_settings, recorder):
     assert outcome.failures == ["c/float32, threads=1: dq off", "c/float32, threads=2: dq off"]
 
 
-def test_memory_needs_numpys_dtype(fixed, child, make_settings, monkeypatch):
+@pytest.mark.usefixtures("without_bfloat16")
+def test_memory_needs_numpys_dtype(fixed, child, make_settings):
     pytest.importorskip("torch")
     requests = child(1)
-    monkeypatch.setattr("subquad.cli.bench.tensors.find_spec", lambda _name: None)
     one, _ = backward.measure(MEASURED, "bfloat16", make_settings(use_torch=True))
     assert (one.memory, requests) == (None, [])
 
 
-def test_wrong_results(fixed, make_settings, recorder, monkeypatch):
-    function = subquad.attention_backward
-
-    def wrong(*arguments, **options):
-        dq, dk, dv = map(np.array, function(*arguments, **options))
-        if subquad.get_num_threads() == 2:
-            dk[0, 0, 0, 0] = np.nan
-        return dq, dk, dv
-
-    monkeypatch.setattr(subquad, "attention_backward", wrong)
+def test_wrong_results(fixed, make_settings, recorder, spoil):
+    spoil(subquad, "attention_backward", of=1)
     outcome = backward.run([(CAUSAL, "float32")], make_settings(), recorder)
     assert [row[-1] for row in outcome.rows] == ["ok", "WRONG"]
     assert outcome.failures == [
@@ -191,8 +154,8 @@ def test_everything_takes_part(make_settings, recorder, use_torch):
     assert all(one["method"] in {"high-water mark", "sampled", "unavailable"} for one in outcome.records[2:])
 
 
-def test_bfloat16_is_left_out_where_numpy_has_none(fixed, make_settings, recorder, monkeypatch):
-    monkeypatch.setattr("subquad.cli.bench.tensors.find_spec", lambda _name: None)
+@pytest.mark.usefixtures("without_bfloat16")
+def test_bfloat16_is_left_out_where_numpy_has_none(fixed, make_settings, recorder):
     outcome = backward.run([(CAUSAL, "bfloat16")], make_settings(), recorder)
     assert outcome.rows == []
     assert len(outcome.notes) == 1

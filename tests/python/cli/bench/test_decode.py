@@ -1,6 +1,5 @@
 """The benchmark of decoding."""
 
-import numpy as np
 import pytest
 
 import subquad
@@ -26,7 +25,7 @@ PLAIN = DecodeShape("b", head_dim=8, dtypes=("float32",), lengths=64)
 
 
 @pytest.fixture
-def fixed(monkeypatch):
+def fixed(replay):
     """Replaces the samples of every contender, at level avx2; a test may change them."""
     # In the second round everything is twice as slow.
     samples = {
@@ -39,11 +38,7 @@ def fixed(monkeypatch):
         "against/1": [1e-6, 2e-6, 1e-6],
         "against/2": [1e-6, 2e-6, 1e-6],
     }
-    monkeypatch.setattr(
-        decode, "interleave", lambda field, **_: {each.name: samples[each.name] for each in field}
-    )
-    monkeypatch.setattr(decode._native, "config", lambda: {"level": "avx2"})
-    return samples
+    return replay(decode, samples, level="avx2")
 
 
 def test_figures(fixed, make_settings):
@@ -106,16 +101,8 @@ def test_absent_figures_are_dashes(fixed, make_settings, recorder):
     assert outcome.records[0]["against"] is None
 
 
-def test_wrong_results(fixed, make_settings, recorder, monkeypatch):
-    attention = subquad.attention_with_kvcache
-
-    def wrong(*arguments, **options):
-        out = np.array(attention(*arguments, **options))
-        if subquad.get_num_threads() == 2:
-            out[0, 0, 0, 0] = np.nan
-        return out
-
-    monkeypatch.setattr(subquad, "attention_with_kvcache", wrong)
+def test_wrong_results(fixed, make_settings, recorder, spoil):
+    spoil(subquad, "attention_with_kvcache")
     outcome = decode.run([(SHAPE, "float32")], make_settings(), recorder)
     assert [row[-1] for row in outcome.rows] == ["ok", "WRONG"]
     assert outcome.failures == ["a/float32, threads=2: off by nan from the float64 oracle (allowed: 2e-06)"]
@@ -131,8 +118,8 @@ def test_a_selected_shape_brings_the_one_it_is_against(make_settings, recorder):
     assert all(one["against_ratio"] > 0 for one in outcome.records)
 
 
-def test_bfloat16_is_left_out_where_numpy_has_none(fixed, make_settings, recorder, monkeypatch):
-    monkeypatch.setattr("subquad.cli.bench.tensors.find_spec", lambda _name: None)
+@pytest.mark.usefixtures("without_bfloat16")
+def test_bfloat16_is_left_out_where_numpy_has_none(fixed, make_settings, recorder):
     outcome = decode.run([(PLAIN, "bfloat16")], make_settings(), recorder)
     assert outcome.rows == []
     assert len(outcome.notes) == 1

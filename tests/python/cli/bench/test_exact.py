@@ -1,10 +1,9 @@
 """The benchmark of exact attention."""
 
-import numpy as np
 import pytest
 
 import subquad
-from subquad.cli.bench import contenders, exact
+from subquad.cli.bench import exact
 from subquad.cli.bench.shapes import ExactShape
 
 pytestmark = pytest.mark.usefixtures("keep_threads")
@@ -21,7 +20,7 @@ SHAPE = ExactShape(
 
 
 @pytest.fixture
-def fixed(monkeypatch):
+def fixed(replay):
     """Replaces the samples of every contender; a test may change them."""
     # In the second round everything is twice as slow.
     samples = {
@@ -32,12 +31,7 @@ def fixed(monkeypatch):
         "torch/1": [6e-6, 12e-6, 6e-6],
         "torch/2": [5e-6, 10e-6, 5e-6],
     }
-
-    monkeypatch.setattr(
-        exact, "interleave", lambda field, **_: {each.name: samples[each.name] for each in field}
-    )
-    monkeypatch.setattr(contenders, "peak_kind", lambda _dtype: "f32")
-    return samples
+    return replay(exact, samples)
 
 
 def test_figures(fixed, make_settings):
@@ -95,24 +89,16 @@ def test_what_is_below_the_floor_is_marked(fixed, make_settings, recorder, monke
     assert outcome.failures == []  # a slow result is not a wrong one
 
 
-def test_wrong_results(fixed, make_settings, recorder, monkeypatch):
-    attention = subquad.attention
-
-    def wrong(*arguments, **options):
-        out = np.array(attention(*arguments, **options))
-        if subquad.get_num_threads() == 2:
-            out[0, 0, 0, 0] = np.nan
-        return out
-
-    monkeypatch.setattr(subquad, "attention", wrong)
+def test_wrong_results(fixed, make_settings, recorder, spoil):
+    spoil(subquad, "attention")
     outcome = exact.run([(SHAPE, "float32")], make_settings(), recorder)
     assert [row[-1] for row in outcome.rows] == ["ok", "WRONG"]
     assert outcome.failures == ["a/float32, threads=2: off by nan from the float64 oracle (allowed: 2e-06)"]
     assert outcome.records[1]["check"] != "ok"
 
 
-def test_bfloat16_is_left_out_where_numpy_has_none(fixed, make_settings, recorder, monkeypatch):
-    monkeypatch.setattr("subquad.cli.bench.tensors.find_spec", lambda _name: None)
+@pytest.mark.usefixtures("without_bfloat16")
+def test_bfloat16_is_left_out_where_numpy_has_none(fixed, make_settings, recorder):
     outcome = exact.run([(SHAPE, "bfloat16")], make_settings(), recorder)
     assert outcome.rows == []
     assert "bfloat16 was left out" in outcome.notes[0]

@@ -1,13 +1,11 @@
 """The benchmarks of the smallest call and of memory."""
 
-import json
-import subprocess
 from contextlib import nullcontext
 
 import pytest
 
 import subquad
-from subquad.cli.bench import contenders, latency, memory, memory_child, tensors
+from subquad.cli.bench import contenders, latency, memory, memory_child
 from subquad.cli.bench.backward_shape import BackwardShape
 from subquad.cli.bench.shapes import LatencyShape, MemoryShape
 from subquad.cli.peak_memory import Peak
@@ -75,25 +73,8 @@ def test_memory(make_settings, recorder):
     assert recorder.stages == [("memory", 1)]
 
 
-@pytest.fixture
-def child(monkeypatch):
-    """Replaces the process that measures."""
-
-    def arrange(status: int, out: str = "", err: str = "") -> list[dict[str, object]]:
-        requests = []
-
-        def run(_command, *, input, **_options):
-            requests.append(json.loads(input))
-            return subprocess.CompletedProcess([], status, out, err)
-
-        monkeypatch.setattr(subprocess, "run", run)
-        return requests
-
-    return arrange
-
-
 def test_memory_at_each_thread_count(child, make_settings, recorder):
-    requests = child(0, json.dumps({"bytes": 3 << 20, "method": "sampled", "failure": ""}))
+    requests = child(3 << 20)
     shape = MemoryShape("long", 600, 8, ("float32",), threads=(1, 3), limit_mib_per_thread=2)
     outcome = memory.run([(shape, "float32")], make_settings(), recorder)
     assert [request["threads"] for request in requests] == [1, 3]
@@ -115,7 +96,7 @@ def test_memory_of_what_is_returned_does_not_count(monkeypatch, dtype, item, lse
 
 
 def test_memory_unknown_and_without_limit(child, make_settings, recorder):
-    child(0, json.dumps({"bytes": None, "method": "unavailable", "failure": ""}))
+    child()
     outcome = memory.run([(MemoryShape("long", 600, 8, ("float32",)), "float32")], make_settings(), recorder)
     assert outcome.rows[0][3:] == ("-", "-", "-", "unavailable", "ok")
     assert outcome.records[0]["limit"] is None
@@ -126,20 +107,20 @@ def test_memory_unknown_and_without_limit(child, make_settings, recorder):
     [("Traceback ...\nMemoryError: no room\n", "MemoryError: no room"), ("", "exit status -9")],
 )
 def test_memory_of_a_process_that_fails(child, make_settings, recorder, err, failure):
-    child(-9, err=err)
+    child(status=-9, err=err)
     outcome = memory.run([(LONG, "float32")], make_settings(), recorder)
     assert outcome.failures == [f"long/float32, threads=1: {failure}"]
     assert outcome.rows[0][-1] == "WRONG"
 
 
-def test_memory_leaves_bfloat16_out_where_numpy_has_none(make_settings, recorder, monkeypatch):
-    monkeypatch.setattr(tensors, "find_spec", lambda _name: None)
+@pytest.mark.usefixtures("without_bfloat16")
+def test_memory_leaves_bfloat16_out_where_numpy_has_none(make_settings, recorder):
     outcome = memory.run([(LONG, "bfloat16")], make_settings(), recorder)
     assert outcome.rows == []
     assert "bfloat16 was left out" in outcome.notes[0]
 
 
-def test_latency_leaves_numpys_bfloat16_out(make_settings, recorder, monkeypatch):
-    monkeypatch.setattr(tensors, "find_spec", lambda _name: None)
+@pytest.mark.usefixtures("without_bfloat16")
+def test_latency_leaves_numpys_bfloat16_out(make_settings, recorder):
     assert latency.run([(SMALL, "bfloat16")], make_settings(), recorder).rows == []
     assert contenders.peak_kind("float32") == "f32"

@@ -1,6 +1,5 @@
 """The benchmark of masks."""
 
-import numpy as np
 import pytest
 
 import subquad
@@ -32,7 +31,7 @@ APART = MaskShape("c", **SIZES, lengths=(10, 20, 40), layout="apart", threads=(2
 
 
 @pytest.fixture
-def fixed(monkeypatch):
+def fixed(replay):
     """Replaces the samples of every contender; a test may change them."""
     # In the second round everything is twice as slow, and torch is not there any more.
     samples = {
@@ -49,13 +48,7 @@ def fixed(monkeypatch):
         "c 20/2": [1.9e-3, 3.8e-3, 1.9e-3],
         "c 40/2": [4.4e-3, 8.8e-3, 4.4e-3],
     }
-
-    def interleave(field, **_):
-        samples["rounds"] = {each.name: each.rounds for each in field}
-        return {each.name: samples[each.name] for each in field}
-
-    monkeypatch.setattr(masks, "interleave", interleave)
-    return samples
+    return replay(masks, samples)
 
 
 def test_figures(fixed, make_settings):
@@ -118,16 +111,8 @@ def test_lengths_are_held_against_the_cheapest_by_token(fixed, make_settings, re
     ]
 
 
-def test_wrong_results(fixed, make_settings, recorder, monkeypatch):
-    attention = subquad.attention
-
-    def wrong(*arguments, **options):
-        out = np.array(attention(*arguments, **options))
-        if subquad.get_num_threads() == 2:
-            out[0, 0, 0, 0] = np.nan
-        return out
-
-    monkeypatch.setattr(subquad, "attention", wrong)
+def test_wrong_results(fixed, make_settings, recorder, spoil):
+    spoil(subquad, "attention")
     outcome = masks.run([(WINDOW, "float32")], make_settings(), recorder)
     assert [row[-1] for row in outcome.rows] == ["ok", "WRONG"]
     assert outcome.failures == ["a/float32, threads=2: off by nan from the float64 oracle (allowed: 2e-06)"]
@@ -153,8 +138,8 @@ def test_everything_takes_part(make_settings, recorder):
     assert with_torch == [True, False, True, True, False, False]
 
 
-def test_bfloat16_is_left_out_where_numpy_has_none(fixed, make_settings, recorder, monkeypatch):
-    monkeypatch.setattr("subquad.cli.bench.tensors.find_spec", lambda _name: None)
+@pytest.mark.usefixtures("without_bfloat16")
+def test_bfloat16_is_left_out_where_numpy_has_none(fixed, make_settings, recorder):
     outcome = masks.run([(WINDOW, "bfloat16")], make_settings(), recorder)
     assert outcome.rows == []
     assert len(outcome.notes) == 1

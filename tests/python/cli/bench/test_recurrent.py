@@ -1,14 +1,11 @@
 """The benchmark of recurrent operators."""
 
-import json
-import subprocess
 from contextlib import nullcontext
 
-import numpy as np
 import pytest
 
 from subquad import ops
-from subquad.cli.bench import contenders, memory_child, recurrent, recurrent_calls
+from subquad.cli.bench import memory_child, recurrent, recurrent_calls
 from subquad.cli.bench.recurrent_shape import RecurrentShape
 from subquad.cli.peak_memory import Peak
 
@@ -40,7 +37,7 @@ MEASURED = RecurrentShape("f", "kda", **SIZES, tokens=(40,), threads=(1, 2), lim
 
 
 @pytest.fixture
-def fixed(monkeypatch):
+def fixed(replay):
     """Replaces the samples of every contender, at level avx2; a test may change them."""
     # In the second round everything is twice as slow.
     seconds = {
@@ -62,31 +59,7 @@ def fixed(monkeypatch):
     }
     samples = {name: [each, 2 * each, each] for name, each in seconds.items()}
     samples |= {f"peak/{count}": [rate, rate / 2, rate] for count, rate in ((1, 4e10), (2, 8e10))}
-
-    def interleave(field, **_):
-        return {each.name: samples[each.name] for each in field}
-
-    monkeypatch.setattr(recurrent, "interleave", interleave)
-    monkeypatch.setattr(contenders, "peak_kind", lambda _dtype: "f32")
-    monkeypatch.setattr(recurrent._native, "config", lambda: {"level": "avx2"})
-    return samples
-
-
-@pytest.fixture
-def child(monkeypatch):
-    """Replaces the process that measures memory."""
-    requests = []
-
-    def arrange(size: int | None, failure: str = "") -> list[dict[str, object]]:
-        def run(_command, *, input, **_options):
-            requests.append(json.loads(input))
-            answer = {"bytes": size, "method": "sampled", "failure": failure}
-            return subprocess.CompletedProcess([], 0, json.dumps(answer), "")
-
-        monkeypatch.setattr(subprocess, "run", run)
-        return requests
-
-    return arrange
+    return replay(recurrent, samples, level="avx2")
 
 
 def cells(outcome) -> list[dict[str, str]]:
@@ -212,10 +185,10 @@ def test_memory_unknown_or_wrong(fixed, child, make_settings, recorder):
     assert outcome.failures == ["f/float32, threads=1: out off", "f/float32, threads=2: out off"]
 
 
-def test_memory_needs_numpys_dtype(fixed, child, make_settings, monkeypatch):
+@pytest.mark.usefixtures("without_bfloat16")
+def test_memory_needs_numpys_dtype(fixed, child, make_settings):
     pytest.importorskip("torch")
     requests = child(1)
-    monkeypatch.setattr("subquad.cli.bench.tensors.find_spec", lambda _name: None)
     one, _ = recurrent.measure(MEASURED, "bfloat16", make_settings(use_torch=True), [])
     assert (one.memory, requests) == (None, [])
 
@@ -228,19 +201,8 @@ def test_memory_of_what_is_returned_does_not_count(monkeypatch):
         assert memory_child._recurrent(MEASURED, "float32", 1) == (expected, "sampled", "")
 
 
-def test_wrong_results(fixed, make_settings, recorder, monkeypatch):
-    import subquad
-
-    function = ops.chunk_gated_delta_rule
-
-    def wrong(**arguments):
-        out, state = function(**arguments)
-        out = np.array(out)
-        if subquad.get_num_threads() == 2:
-            out[0, 0, 1, 0] = np.nan
-        return out, state
-
-    monkeypatch.setattr(ops, "chunk_gated_delta_rule", wrong)
+def test_wrong_results(fixed, make_settings, recorder, spoil):
+    spoil(ops, "chunk_gated_delta_rule", (0, 0, 1, 0), of=0)
     outcome = recurrent.run([(DELTA, "float32")], make_settings(), recorder)
     assert [row[-1] for row in outcome.rows] == ["ok", "WRONG"]
     assert outcome.failures == [
@@ -275,8 +237,8 @@ def test_everything_takes_part(make_settings, recorder, use_torch):
     assert [one["bytes"] is not None for one in outcome.records[2:6]] == [True] * 4
 
 
-def test_bfloat16_is_left_out_where_numpy_has_none(fixed, make_settings, recorder, monkeypatch):
-    monkeypatch.setattr("subquad.cli.bench.tensors.find_spec", lambda _name: None)
+@pytest.mark.usefixtures("without_bfloat16")
+def test_bfloat16_is_left_out_where_numpy_has_none(fixed, make_settings, recorder):
     outcome = recurrent.run([(DELTA, "bfloat16")], make_settings(), recorder)
     assert outcome.rows == []
     assert len(outcome.notes) == 1

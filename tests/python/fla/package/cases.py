@@ -21,6 +21,8 @@ class Case(NamedTuple):
     call: dict = {}  # noqa: RUF012
     # Whether states go on with one token at a time only.
     one_by_one: bool = False
+    # Whether states say all there is to say, and padding counts for nothing.
+    has_whole_state: bool = True
 
 
 HEADS = {"num_heads": 2}
@@ -59,6 +61,14 @@ CASES = {
         "GatedSlotAttention",
         {"num_heads": 4, "num_kv_heads": 2, "use_short_conv": True, "feature_map": "relu"},
     ),
+    "ABC": Case("ABCAttention", HEADS, has_whole_state=False),
+    "ABC, convolutions, input gates": Case(
+        "ABCAttention",
+        {**HEADS, "num_slots": 24, "use_short_conv": True, "use_input_gate": True, "use_norm": False},
+        has_whole_state=False,
+    ),
+    "LightNet": Case("LightNetAttention", {**HEADS, "expand_ratio": 32}),
+    "LightNet, convolutions": Case("LightNetAttention", {"expand_ratio": 16, "use_short_conv": True}),
     "Raven": Case("Raven", RAVEN),
     "Raven, gates of slots": Case(
         "Raven", {**RAVEN, "decay_type": "GLA", "use_output_gate": True, "use_rope": True}
@@ -68,6 +78,9 @@ CASES = {
     "Mamba": Case("Mamba", {"state_size": 8}, one_by_one=True),
     "Mamba-2": Case("Mamba2", {"num_heads": 4, "head_dim": 32, "state_size": 16}, one_by_one=True),
 }
+
+# Those that go on from a state as if there had been no break.
+WHOLE = [name for name, case in CASES.items() if case.has_whole_state]
 
 
 def build(case, dtype=torch.float32):

@@ -35,7 +35,7 @@ def _operator_oracle(original: Callable[..., Any], name: str) -> Callable[..., A
             break
     # RWKV-7 is told how strong its gates can be.
     without_effect = WITHOUT_EFFECT | ({"lower_bound"} if family == "rwkv7" else set())
-    oracle = getattr(recurrent, {"gdn": "gated_delta_rule"}.get(family, family))
+    oracle = getattr(recurrent, {"gdn": "gated_delta_rule", "abc": "gsa"}.get(family, family))
     signature, accepted = inspect.signature(original), inspect.signature(oracle).parameters
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -51,7 +51,8 @@ def _operator_oracle(original: Callable[..., Any], name: str) -> Callable[..., A
             assert key in without_effect or value is None or value is False, f"{name}: {key}"
         arrays = {key: _to_numpy(value) for key, value in given.items()}
         o, state = oracle(**arrays)
-        return torch.from_numpy(o), _to_torch(state) if final else None
+        # LightNet's sums of weights are there whether states are asked for or not.
+        return torch.from_numpy(o), _to_torch(state) if final or family == "lightnet" else None
 
     return call
 
@@ -99,6 +100,13 @@ def rms_norm_gated(x, g, weight, bias, activation="swish", residual=None, prenor
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
     return y * torch.sigmoid(g) if activation == "sigmoid" else y * g * torch.sigmoid(g)
+
+
+def rms_norm_swish_gate_linear(x, g, norm_weight, norm_bias, linear_weight, linear_bias, *, eps=1e-6):
+    """RMSNorm, the gate, then the linear map."""
+    return functional.linear(
+        rms_norm_gated(x, g, norm_weight, norm_bias, eps=eps), linear_weight, linear_bias
+    )
 
 
 def rms_norm(x, weight, bias, residual=None, eps=1e-5, prenorm=False, residual_in_fp32=False):
@@ -186,7 +194,9 @@ def _oracles() -> Iterator[tuple[Any, Any]]:
     yield layernorm.rms_norm_linear, rms_norm_linear
     yield layernorm.group_norm, group_norm
     yield layernorm.layer_norm, group_norm
-    yield import_module("fla.modules.norm.fused_norm_gate").rms_norm_gated, rms_norm_gated
+    gated = import_module("fla.modules.norm.fused_norm_gate")
+    yield gated.rms_norm_gated, rms_norm_gated
+    yield gated.rms_norm_swish_gate_linear, rms_norm_swish_gate_linear
     yield import_module("fla.modules.norm.layernorm_gated").rmsnorm_fn, rmsnorm_fn
     yield (
         import_module("fla.modules.norm.l2norm").l2norm,

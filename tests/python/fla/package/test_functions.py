@@ -270,8 +270,6 @@ def test_norms_that_make_no_sense(draw):
         gated_norms.rmsnorm_fn(x, weight, None, group_size=4)
     with pytest.raises(ValueError, match="activation: expected 'swish', 'silu' or 'sigmoid', got 'relu'"):
         gated_norms.rms_norm_gated(x, x, weight, None, "relu")
-    with pytest.raises(NotImplementedError, match="reverse: bool is not supported"):
-        rwkv7.fused_mul_recurrent_rwkv7(*[draw(1, 2, 1, 4)] * 6, reverse=True)
 
 
 def test_parts_of_rwkv7(draw):
@@ -288,6 +286,27 @@ def test_parts_of_rwkv7(draw):
     correction = import_module("fla.ops.rwkv7.gate_output_correction")
     wanted = correction.gate_output_correction_ref(o, r, k, weights, v, g)
     assert torch.allclose(rwkv7.gate_output_correction(o, r, k, weights, v, g), wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_recurrence_of_rwkv7(draw, reverse):
+    r, k, v, kk, a, state = *draw(5, 2, 6, 3, 4), draw(2, 3, 4, 4)
+    w, kk, a = -draw(2, 6, 3, 4).abs(), functional.normalize(kk, dim=-1), a.sigmoid()
+    wanted, last = torch.zeros_like(v), state.clone()
+    for t in reversed(range(6)) if reverse else range(6):
+        removed = torch.einsum("bhkv,bhk->bhv", last, kk[:, t])
+        last = last * w[:, t].exp()[..., None] - torch.einsum("bhk,bhv->bhkv", (kk * a)[:, t], removed)
+        last = last + torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
+        wanted[:, t] = torch.einsum("bhkv,bhk->bhv", last, r[:, t])
+    found, final = rwkv7.fused_mul_recurrent_rwkv7(
+        r, w, k, v, kk, a, initial_state=state, output_final_state=True, reverse=reverse
+    )
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(final, last)
+    with pytest.raises(TypeError, match="w: expected an array, got None"):
+        rwkv7.fused_mul_recurrent_rwkv7(r, None, k, v, kk, a)
+    with pytest.raises(ValueError, match="r: expected shape"):
+        rwkv7.fused_mul_recurrent_rwkv7(r[0], w, k, v, kk, a)
 
 
 DIFFERENTIABLE = {

@@ -55,7 +55,20 @@ def _states_of_slots(draw: Draw, count: int) -> States:
 def _call_slots(
     function: Callable[..., Any], inputs: Arrays, states: States | None, options: Arrays
 ) -> Found:
-    return function(**inputs, initial_state=states, **{"output_final_state": True, **options})
+    o, finals = function(**inputs, initial_state=states, **{"output_final_state": True, **options})
+    return o, finals or ()
+
+
+def _states_of_averages(draw: Draw, count: int) -> States:
+    s = draw.sizes
+    return draw.normal(count, s.heads, s.keys, s.values), draw.normal(count, 1, s.heads, s.keys)
+
+
+def _call_averages(
+    function: Callable[..., Any], inputs: Arrays, states: States | None, options: Arrays
+) -> Found:
+    o, (final, z) = function(**inputs, initial_state=states, **{"output_final_state": True, **options})
+    return o, () if final is None else (final, z)
 
 
 def _turning(draw: Draw) -> Arrays:
@@ -159,7 +172,16 @@ _SIGING = ("mlstm_siging_chunkwise", "mlstm_siging_recurrent")
 _GSA = ("chunk_gsa", "fused_recurrent_gsa")
 FAMILIES = {
     "gsa": Composed(_GSA, oracles.gsa, _gated_slots, _states_of_slots, _call_slots, is_grouped=True),
-    "abc": Composed(_GSA, oracles.gsa, _slots, _states_of_slots, _call_slots, is_grouped=True),
+    "abc": Composed(
+        (*_GSA, "chunk_abc"), oracles.gsa, _slots, _states_of_slots, _call_slots, is_grouped=True
+    ),
+    "lightnet": Composed(
+        ("chunk_lightnet", "fused_recurrent_lightnet"),
+        oracles.lightnet,
+        lambda draw: {"q": draw.queries(), "k": draw.queries(), "v": draw.values()},
+        _states_of_averages,
+        _call_averages,
+    ),
     "gate_loop": Composed(
         ("chunk_gate_loop", "fused_recurrent_gate_loop"),
         oracles.gateloop,

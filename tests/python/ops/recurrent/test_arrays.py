@@ -190,6 +190,11 @@ def test_sizes_of_chunks(form):
         with pytest.raises(TypeError, match="chunk_size"):
             call(form, given.inputs, chunk_size=16)
         return
-    for size in (16, 32, 48, 64):
-        found = call(form, given.inputs, given.states if named.has_state else None, chunk_size=size)
-        check(found, given.expected, "float64")
+    states = given.states if named.has_state else None
+    found = {size: call(form, given.inputs, states, chunk_size=size) for size in (16, 32, 64, 128, 4096)}
+    for one in found.values():
+        check(one, given.expected, "float64")
+    # Chunks are no longer than that.
+    assert_same_bits(found[128], found[64])
+    assert_same_bits(found[4096], found[64])
+    assert_same_bits(call(form, given.inputs, states, chunk_size=np.int64(32)), found[32])

@@ -166,6 +166,22 @@ def test_compiled_code_has_the_same_results():
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_casts_inputs_only(form):
+    x, g, state = (torch.from_numpy(x).requires_grad_() for x in draw(70, "float32"))
+    expected = FORMS[form](x.bfloat16(), g, state, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = FORMS[form](x, g, state, True)
+        compiled = torch.compile(FORMS[form], backend="aot_eager", fullgraph=True)(x, g, state, True)
+        with torch.no_grad():
+            plain = FORMS[form](x, g, state, True)
+    assert [x.dtype for x in found] == [torch.bfloat16, torch.float32]
+    for one in (found, compiled, plain):
+        assert all(map(torch.equal, one, expected))
+    gradients = torch.autograd.grad(found[0].float().sum(), (x, g, state))
+    assert all(x.dtype == torch.float32 for x in gradients)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layouts_change_no_bits(dtype):
     x, g, state = draw(40, dtype)
@@ -223,5 +239,5 @@ def test_wrong_starts():
         with pytest.raises(TypeError, match=r"^cu_seqlens: expected"):
             fused_recurrent_hgrn(x, g, cu_seqlens=wrong)
     x, g, _ = draw(6, "float32")
-    with pytest.raises(ValueError, match=r"^x: expected shape a batch size of 1"):
+    with pytest.raises(ValueError, match=r"^x: expected shape \(1, 6, [0-9]+\), as cu_seqlens is given, got"):
         fused_recurrent_hgrn(x, g, cu_seqlens=np.array([0, 6]))

@@ -241,6 +241,22 @@ def test_compiled_code_has_the_same_results():
         assert torch.equal(x, y)
 
 
+def test_autocast_casts_what_is_not_a_parameter():
+    tensors = differentiable(70, "steps", "float32")
+    rows = {name: tensors[name].bfloat16() for name in ("u", "delta", "B", "C", "z")}
+    expected = scan({**tensors, **rows})
+    with torch.autocast("cpu", torch.bfloat16):
+        found = scan(tensors)
+        compiled = torch.compile(scan, backend="aot_eager", fullgraph=True)(tensors)
+        with torch.no_grad():
+            plain = scan(tensors)
+    assert [x.dtype for x in found] == [torch.bfloat16, torch.float32]
+    for one in (found, compiled, plain):
+        assert all(map(torch.equal, one, expected))
+    gradients = torch.autograd.grad(found[0].float().sum(), list(tensors.values()))
+    assert all(x.dtype == torch.float32 for x in gradients)
+
+
 def test_second_derivatives_are_refused():
     tensors = differentiable(5, "steps")
     (first,) = torch.autograd.grad(scan(tensors)[0].sum(), [tensors["u"]], create_graph=True)

@@ -8,6 +8,7 @@ from subquad import ops
 
 # Arguments by position, with their defaults.
 SIGNATURES = {
+    "chunk_abc": ("q, k, v, s, initial_state=None, output_final_state=False, scale=None, cu_seqlens=None"),
     "chunk_delta_rule": (
         "q, k, v, beta, scale=None, initial_state=None, output_final_state=False, "
         "use_qk_l2norm_in_kernel=False, cu_seqlens=None, cu_seqlens_cpu=None"
@@ -47,6 +48,10 @@ SIGNATURES = {
         "return_intermediate_states=False, state_v_first=False, cu_seqlens=None, cu_seqlens_cpu=None, "
         "cp_context=None"
     ),
+    "chunk_lightnet": (
+        "q, k, v, scale=None, initial_state=None, output_final_state=False, state_v_first=False, "
+        "cu_seqlens=None"
+    ),
     "chunk_lightning_attn": (
         "q, k, v, layer_idx, num_layers, scale=None, initial_state=None, output_final_state=False, "
         "cu_seqlens=None"
@@ -68,6 +73,7 @@ SIGNATURES = {
         "q, k, v, g=None, g_gamma=None, scale=None, initial_state=None, output_final_state=False, "
         "state_v_first=False, cu_seqlens=None, cu_seqlens_cpu=None"
     ),
+    "fused_additive_gate": "x, initial_state=None, cu_seqlens=None, output_dtype=None, gate_dtype=None",
     "fused_chunk_linear_attn": (
         "q, k, v, scale=None, initial_state=None, output_final_state=False, normalize=True, cu_seqlens=None"
     ),
@@ -113,6 +119,10 @@ SIGNATURES = {
         "q, k, v, g, beta, A_log=None, dt_bias=None, scale=None, initial_state=None, "
         "output_final_state=False, use_qk_l2norm_in_kernel=False, use_gate_in_kernel=False, "
         "use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, lower_bound=None, state_v_first=False, "
+        "cu_seqlens=None"
+    ),
+    "fused_recurrent_lightnet": (
+        "q, k, v, scale=None, initial_state=None, output_final_state=False, state_v_first=False, "
         "cu_seqlens=None"
     ),
     "fused_recurrent_lightning_attn": (

@@ -206,6 +206,34 @@ def test_slots_without_decay_are_averages():
     )
 
 
+@pytest.mark.parametrize("scale", [None, -0.3])
+def test_lightnet_averages_values_by_a_softmax_over_tokens(scale):
+    q, k, v = Q, KEYS, VALUES
+    o, (final, z) = recurrent.lightnet(q, k, v, scale)
+    weights = np.exp(k)[:, None] * np.tri(T)[:, :, None, None]
+    weights /= weights.sum(axis=2, keepdims=True)
+    states = np.einsum("btshk,bshv->bthkv", weights, v)
+    check(
+        (o, final, z),
+        (
+            np.einsum("bthk,bthkv->bthv", q, states) * (K**-0.5 if scale is None else scale),
+            states[:, -1],
+            np.log(np.exp(k).sum(axis=1, keepdims=True)),
+        ),
+    )
+
+
+def test_lightnet_weighs_its_state_by_its_sums():
+    sums = numbers(B, 1, H, K)
+    o, (final, z) = recurrent.lightnet(Q, KEYS, VALUES, 1.0, (STATE, sums))
+    total = np.exp(KEYS).sum(axis=1) + np.exp(sums[:, 0])
+    expected = np.exp(sums[:, 0])[..., None] * STATE + np.einsum("bshk,bshv->bhkv", np.exp(KEYS), VALUES)
+    expected /= total[..., None]
+    check((final, z), (expected, np.log(total)[:, None]))
+    turned = recurrent.lightnet(Q, KEYS, VALUES, 1.0, (STATE.swapaxes(-1, -2), sums), state_v_first=True)
+    check((turned[0], turned[1][0].swapaxes(-1, -2)), (o, final))
+
+
 def test_slots_without_decay_begin_with_the_state():
     # The state counts as much as the first token alone.
     s, hk, hv = numbers(B, T, H, M), numbers(B, H, K, M), numbers(B, H, M, V)

@@ -45,6 +45,8 @@ class Case(NamedTuple):
     draw_state: Any = numbers
     continues: bool = True
     """Whether the states are all that is remembered."""
+    nothing: tuple[float, ...] = (0.0, 0.0, 0.0)
+    """What states are without tokens."""
 
 
 QKV = {"q": (numbers, (H, K)), "k": (numbers, (H, K)), "v": (numbers, (H, V))}
@@ -102,6 +104,7 @@ CASES = {
         },
         ((H, K, M), (H, M, V)),
     ),
+    "lightnet": Case(recurrent.lightnet, QKV, ((H, K, V), (1, H, K)), nothing=(0.0, -np.inf)),
     "abc": Case(recurrent.gsa, QKV | {"s": (numbers, (H, M))}, ((H, K, M), (H, M, V)), continues=False),
     "mlstm": Case(recurrent.mlstm, QKV | GATES, ((H, K, V), (H, K), (H,))),
     "mlstm_sigmoid": Case(recurrent.mlstm_sigmoid, QKV | GATES, MATRIX),
@@ -255,10 +258,10 @@ def test_states_carry_a_sequence_on(name, cut):
     check((np.concatenate([first, second], axis=case.time_axis), last), run(case, tokens, states))
 
 
-def test_no_state_is_zero(case):
+def test_no_state_is_nothing(case):
     tokens = tokens_of(case, B, T)
-    zeros = tuple(np.zeros((B, *shape)) for shape in case.states)
-    check(run(case, tokens), run(case, tokens, zeros))
+    nothing = tuple(np.full((B, *shape), x) for shape, x in zip(case.states, case.nothing, strict=False))
+    check(run(case, tokens), run(case, tokens, nothing))
 
 
 @pytest.mark.parametrize("lengths", [(3, 0, 1, 5), (6,), (0,), (1, 1)])
