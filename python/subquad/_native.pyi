@@ -126,12 +126,14 @@ def merge_attention(outs: list[Any], lses: list[Any]) -> Any: ...
 def recurrent(
     q: Any, k: Any, v: Any, options: dict[str, Any], output_final_state: bool
 ) -> tuple[Any, Any | None]: ...
+def recurrent_and_kept(q: Any, k: Any, v: Any, options: dict[str, Any]) -> tuple[Any, Any, Any]: ...
 def recurrent_backward(
     q: Any,
     k: Any,
     v: Any,
     d_out: Any,
     d_final_state: Any | None,
+    kept: Any | None,
     options: dict[str, Any],
     wrt: list[str],
 ) -> tuple[Any, ...]: ...

@@ -44,6 +44,7 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(merge::merge_attention, module)?)?;
     module.add_function(wrap_pyfunction!(recurrent::recurrent, module)?)?;
     module.add_function(wrap_pyfunction!(recurrent_backward::recurrent_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(recurrent::recurrent_and_kept, module)?)?;
     module.add_function(wrap_pyfunction!(convolution::causal_conv1d, module)?)?;
     module.add_function(wrap_pyfunction!(convolution::causal_conv1d_backward, module)?)?;
     module.add_function(wrap_pyfunction!(convolution_update::causal_conv1d_update, module)?)?;

@@ -433,20 +433,15 @@ where
     call.run::<T>(py, results)
 }
 
-/// Outputs, the states after the last token, and what [`super::recurrent_backward`] needs of rules that read the state, if `keep` is set;
-/// documented in `subquad.ops.recurrent`.
-#[pyfunction]
-#[pyo3(signature = (q, k, v, options, output_final_state, *, keep=false))]
-pub fn recurrent<'py>(
-    q: &Bound<'py, PyAny>,
-    k: &Bound<'py, PyAny>,
-    v: &Bound<'py, PyAny>,
+type Arrays<'py> = (Bound<'py, PyAny>, Option<Bound<'py, PyAny>>, Option<Bound<'py, PyAny>>);
+
+fn compute<'py>(
+    inputs: [&Bound<'py, PyAny>; 3],
     options: &Bound<'py, PyDict>,
-    output_final_state: bool,
-    keep: bool,
-) -> PyResult<(Bound<'py, PyAny>, Option<Bound<'py, PyAny>>, Option<Bound<'py, PyAny>>)> {
-    let py = q.py();
-    let call = Call::read([q, k, v], options)?;
+    [output_final_state, keep]: [bool; 2],
+) -> PyResult<Arrays<'py>> {
+    let py = options.py();
+    let call = Call::read(inputs, options)?;
     let dtype = call.q.float()?;
     let RecurrentShape { num_value_heads, head_dim, head_dim_v, .. } = call.shape;
     let [first, second] = if call.v_first { [head_dim_v, head_dim] } else { [head_dim, head_dim_v] };
@@ -459,7 +454,7 @@ pub fn recurrent<'py>(
                 result::empty("final_state", &call.q, &shape, lse_dtype(dtype))
             })
             .transpose()?,
-        kept: (keep && call.reads_state()).then(|| like_values("kept")).transpose()?,
+        kept: keep.then(|| like_values("kept")).transpose()?,
     };
     dispatch_dtype!(dtype, run, py, &call, &results)?;
     let Results { out, last, kept } = results;
@@ -471,4 +466,28 @@ pub fn recurrent<'py>(
         _ => None,
     };
     Ok((out, last, kept.map(|kept| result::deliver(&q, kept)).transpose()?))
+}
+
+/// Outputs, and the states after the last token; documented in `subquad.ops.recurrent`.
+#[pyfunction]
+pub fn recurrent<'py>(
+    q: &Bound<'py, PyAny>,
+    k: &Bound<'py, PyAny>,
+    v: &Bound<'py, PyAny>,
+    options: &Bound<'py, PyDict>,
+    output_final_state: bool,
+) -> PyResult<(Bound<'py, PyAny>, Option<Bound<'py, PyAny>>)> {
+    let (out, last, _) = compute([q, k, v], options, [output_final_state, false])?;
+    Ok((out, last))
+}
+
+/// As [`recurrent`], with the states, for rules that read the state, and what their backward needs besides: `kept`, like the values.
+#[pyfunction]
+pub fn recurrent_and_kept<'py>(
+    q: &Bound<'py, PyAny>,
+    k: &Bound<'py, PyAny>,
+    v: &Bound<'py, PyAny>,
+    options: &Bound<'py, PyDict>,
+) -> PyResult<Arrays<'py>> {
+    compute([q, k, v], options, [true, true])
 }

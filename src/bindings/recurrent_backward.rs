@@ -52,7 +52,7 @@ impl<'py> Backward<'py> {
         let d_out = read("d_out", d_out, Layout::Rows, call.v.shape(), dtype)?;
         let kept = kept.map(|kept| read("kept", kept, Layout::Rows, call.v.shape(), dtype)).transpose()?;
         if kept.is_none() && call.reads_state() {
-            let expected = "what recurrent returns with keep=True, as the rule reads the state".into();
+            let expected = "what recurrent_and_kept returns, as the rule reads the state".into();
             return Err(Error::Value { arg: "kept", expected, got: "None".into() }.into());
         }
         let RecurrentShape { batch, seqlen, num_value_heads, head_dim, head_dim_v, .. } = call.shape;

@@ -18,7 +18,7 @@ from subquad.torch.convolution_operators import CAUSAL_CONV1D
 from subquad.torch.dispatch import as_cast, casts, compute
 from subquad.torch.operator_row import Options
 from subquad.torch.plain import Route, route
-from subquad.torch.recurrent_operators import RECURRENT, with_defaults
+from subquad.torch.recurrent_operators import RECURRENT, reads_state, with_defaults
 from subquad.torch.scan_calls import linear_scan, selective_scan
 from subquad.torch.sdpa import as_attention
 
@@ -45,8 +45,12 @@ def _refuse_gradient(name: str, value: Any) -> None:
         )
 
 
+def _requires_grad(arguments: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(getattr(one, "requires_grad", False) for one in arguments)
+
+
 def _refused_out(function: str, argument: str, tensors: Sequence[Any]) -> Exception:
-    if torch.is_grad_enabled() and any(getattr(one, "requires_grad", False) for one in tensors):
+    if _requires_grad(tensors):
         return RuntimeError(
             f"{function}(): functions with {argument}=... arguments don't support automatic differentiation, but one of the "
             "arguments requires grad."
@@ -180,7 +184,9 @@ def recurrent_as_it_is(
         return _native.recurrent(q, k, v, options, output_final_state)
     if options.pop("inplace_final_state"):
         raise _refused_out("recurrent", "inplace_final_state", arguments)
-    out, state = compute(RECURRENT, (q, k, v), options, way, names)
+    # Compiled code may be for inference alone.
+    options["keep"] = reads_state(options) and (way is Route.AUTOGRAD or _requires_grad(arguments))
+    out, state, _ = compute(RECURRENT, (q, k, v), options, way, names)
     return out, state if output_final_state else None
 
 

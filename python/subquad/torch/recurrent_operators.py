@@ -15,7 +15,6 @@ from subquad.torch.operator_row import (
     Options,
     fake_gradients,
     wide,
-    without_results,
 )
 
 _OPTIONAL = ("g", "gk", "g_gamma", "beta", "a", "b", "u", "initial_state", "cu_seqlens")
@@ -26,6 +25,7 @@ _OTHERS = {
     "step": "bool",
     "state_v_first": "bool",
     "use_qk_l2norm_in_kernel": "bool",
+    "keep": "bool",
 }
 
 
@@ -39,10 +39,17 @@ def with_defaults(options: Options) -> Options:
     )
 
 
+def reads_state(options: Options) -> bool:
+    """Whether what is written depends on the state, so that the backward needs what the forward has kept."""
+    return bool(options["delta"]) or options["a"] is not None
+
+
 def _recurrent(tensors: Sequence[Any], options: Options) -> Any:
     q, k, v = tensors
+    if options["keep"]:
+        return _native.recurrent_and_kept(q, k, v, options)
     output_final_state = True
-    return _native.recurrent(q, k, v, options, output_final_state)
+    return (*_native.recurrent(q, k, v, options, output_final_state), q.new_empty(0))
 
 
 def _fake_recurrent(tensors: Sequence[Any], options: Options) -> Any:
@@ -51,7 +58,8 @@ def _fake_recurrent(tensors: Sequence[Any], options: Options) -> Any:
     states = q.shape[0] if bounds is None else bounds.shape[0] - 1
     head = (q.shape[3], v.shape[3])
     state = (states, v.shape[2], *(head[::-1] if options["state_v_first"] else head))
-    return q.new_empty(v.shape), q.new_empty(state, dtype=wide(q.dtype))
+    kept = q.new_empty(v.shape if options["keep"] else 0)
+    return q.new_empty(v.shape), q.new_empty(state, dtype=wide(q.dtype)), kept
 
 
 def _keys_first(state: Any, options: Options) -> Any:
@@ -60,7 +68,7 @@ def _keys_first(state: Any, options: Options) -> Any:
 
 
 def _recurrent_backward(tensors: Sequence[Any], options: Options) -> Any:
-    d_out, d_final_state, q, k, v = tensors
+    d_out, d_final_state, kept, q, k, v = tensors
     if d_out is None:
         d_out = torch.zeros_like(v)
     if d_final_state is not None:
@@ -68,8 +76,14 @@ def _recurrent_backward(tensors: Sequence[Any], options: Options) -> Any:
     initial_state = _keys_first(options["initial_state"], options)
     # The form of the forward says nothing about that of the backward.
     given = options | {"initial_state": initial_state, "state_v_first": False, "step": False}
+    if not reads_state(options):
+        kept = None
+    elif not options["keep"]:
+        # Whoever called did not see that this would be asked for.
+        kept = _native.recurrent_and_kept(q, k, v, given)[2]
     wrt = options["wrt"]
-    found = dict(zip(wrt, _native.recurrent_backward(q, k, v, d_out, d_final_state, given, wrt), strict=True))
+    gradients = _native.recurrent_backward(q, k, v, d_out, d_final_state, kept, given, wrt)
+    found = dict(zip(wrt, gradients, strict=True))
     if "g_gamma" in found:
         found["g_gamma"] = found["g_gamma"].sum((0, 1), dtype=torch.float64)
     if "initial_state" in found:
@@ -79,12 +93,19 @@ def _recurrent_backward(tensors: Sequence[Any], options: Options) -> Any:
 
 
 def _fake_recurrent_backward(tensors: Sequence[Any], options: Options) -> Any:
-    return fake_gradients(options | dict(zip(("q", "k", "v"), tensors[2:], strict=True)))
+    return fake_gradients(options | dict(zip(("q", "k", "v"), tensors[3:], strict=True)))
+
+
+def _recurrent_call(
+    gradients: Sequence[Any], results: Sequence[Any], tensors: Sequence[Any], _options: Options
+) -> Sequence[Any]:
+    d_out, d_final_state, _ = gradients
+    return (d_out, d_final_state, results[2], *tensors)
 
 
 RECURRENT_BACKWARD = Operator(
     name="recurrent_backward",
-    tensors=("d_out?", "d_final_state?", "q", "k", "v"),
+    tensors=("d_out?", "d_final_state?", "kept", "q", "k", "v"),
     optional=_OPTIONAL,
     others=_OTHERS | WRT,
     differentiable=frozenset(),
@@ -100,11 +121,11 @@ RECURRENT = Operator(
     optional=_OPTIONAL,
     others=_OTHERS,
     differentiable=frozenset({"q", "k", "v", "g", "gk", "g_gamma", "beta", "a", "b", "u", "initial_state"}),
-    returns="(Tensor out, Tensor final_state)",
+    returns="(Tensor out, Tensor final_state, Tensor kept)",
     compute=_recurrent,
     fake=_fake_recurrent,
     derivative=RECURRENT_BACKWARD,
-    derivative_call=without_results,
+    derivative_call=_recurrent_call,
     autocast=frozenset({"q", "k", "v", "a", "b"}),
     missing="",
 )
