@@ -1,6 +1,6 @@
 //! `silu x = x sigmoid(x)` for vectors, and its derivative.
 
-use super::exp::exp2;
+use super::exp::{exp2, exp2_each};
 use crate::dtype::Float;
 use crate::simd::{Isa, SimdElement, Vector};
 use std::f64::consts::LOG2_E;
@@ -14,12 +14,29 @@ fn exp_of_minus_abs<T: SimdElement, I: Isa>(x: T::V<I>) -> T::V<I> {
     exp2::<T, I>(abs.mul(T::V::<I>::splat(T::Acc::from_f64(-LOG2_E))))
 }
 
-/// `x sigmoid(x)`.
+/// `x sigmoid(x)`: `x / (1 + e^-x)`, where a power beyond the largest number is infinite and makes 0 of finite `x`.
 #[inline(always)]
 pub fn silu<T: SimdElement, I: Isa>(x: T::V<I>) -> T::V<I> {
-    let (zero, one) = (T::V::<I>::splat(T::Acc::ZERO), T::V::<I>::splat(T::Acc::from_f64(1.0)));
-    let e = exp_of_minus_abs::<T, I>(x);
-    x.mul(x.select_gt(zero, one, e)).div(one.add(e))
+    let [y] = silu_each::<T, I, 1>([x]);
+    y
+}
+
+/// [`silu`] of several vectors in step, as [`exp2_each`].
+#[inline(always)]
+pub fn silu_each<T: SimdElement, I: Isa, const N: usize>(x: [T::V<I>; N]) -> [T::V<I>; N] {
+    let splat = |x| T::V::<I>::splat(T::Acc::from_f64(x));
+    let infinite = if size_of::<T::Acc>() == size_of::<f64>() { 1024.0 } else { 128.0 };
+    let mut exponents = x;
+    for exponent in &mut exponents {
+        // The order of operands keeps a NaN.
+        *exponent = splat(-infinite / LOG2_E).max(*exponent).mul(splat(-LOG2_E));
+    }
+    let powers = exp2_each::<T, I, N>(exponents);
+    let mut y = x;
+    for (y, power) in y.iter_mut().zip(powers) {
+        *y = y.div(splat(1.0).add(power));
+    }
+    y
 }
 
 /// The derivative of `x sigmoid(x)`, `s (1 + x (1 - s))` with `s = sigmoid(x)`.
@@ -31,4 +48,66 @@ pub fn silu_slope<T: SimdElement, I: Isa>(x: T::V<I>) -> T::V<I> {
     let smaller = larger.mul(e);
     let (s, rest) = (x.select_gt(zero, larger, smaller), x.select_gt(zero, smaller, larger));
     s.mul(x.mul_add(rest, one))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::math::load::MAX_LANES;
+    use crate::simd::{Level, Task, Wide};
+    use std::sync::Mutex;
+
+    struct All<E: Wide>(Vec<E>, Mutex<Vec<f64>>);
+    impl<E: Wide> Task for All<E> {
+        const MULTIPLIES_BF16: bool = false;
+
+        #[inline(always)]
+        fn run<I: Isa>(&self, _index: usize) {
+            for pair in self.0.chunks_exact(2) {
+                let found = silu_each::<E, I, 2>([E::V::<I>::splat(pair[0]), E::V::<I>::splat(pair[1])]);
+                for y in found {
+                    let mut lanes = [E::ZERO; MAX_LANES];
+                    y.store(&mut lanes);
+                    self.1.lock().unwrap().push(lanes[0].to_f64());
+                }
+            }
+        }
+    }
+
+    fn found<E: Wide>(points: &[f64], level: Level) -> Vec<f64> {
+        let all = All(points.iter().map(|&x| E::from_f64(x)).collect(), Mutex::default());
+        level.run(&all, 0);
+        all.1.into_inner().unwrap()
+    }
+
+    fn check<E: Wide>(tolerance: f64) {
+        let points = (-800..800).map(|i| f64::from(i) * 0.1037).collect::<Vec<_>>();
+        for level in Level::available() {
+            for (&x, got) in points.iter().zip(found::<E>(&points, level)) {
+                let x = E::from_f64(x).to_f64();
+                let want = x / (1.0 + (-x).exp());
+                // A rounding error of the exponent is one of the result, times the exponent.
+                let tolerance = tolerance * (1.0 + x.abs() / 4.0);
+                assert!((got - want).abs() <= tolerance * want.abs(), "{x}: {got} != {want}, {}", level.name());
+            }
+        }
+    }
+
+    #[test]
+    fn silu_is_accurate() {
+        check::<f32>(4e-7);
+        check::<f64>(1e-15);
+    }
+
+    #[test]
+    fn what_is_far_from_0_or_not_finite() {
+        let points = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 0.0, 1e30, -1e30, 2000.0, -2000.0];
+        for level in Level::available() {
+            for got in [found::<f32>(&points, level), found::<f64>(&points, level)] {
+                assert!(got[0].is_nan() && got[2].is_nan(), "{got:?}, {}", level.name());
+                assert_eq!([got[1], got[3], got[5], got[6], got[7]], [f64::INFINITY, 0.0, 0.0, 2000.0, 0.0], "{}", level.name());
+                assert!((got[4] / 1e30 - 1.0).abs() < 1e-7);
+            }
+        }
+    }
 }

@@ -19,7 +19,7 @@ pub use element::{SimdElement, Wide};
 pub use kernel::{PairDot, VectorKernel, Widen};
 pub use level::Level;
 pub use micro::{cross_tile, dot_tile, tile, weigh_tile};
-pub use prefetch::{prefetch, prefetch_lines};
+pub use prefetch::{prefetch, prefetch_lines, prefetch_lines_to_write};
 pub use probe::{ProbeKind, peak_flops_loop, sum_bytes};
 pub use row_block::{BLOCK_ROWS, RowBlock};
 

@@ -27,3 +27,15 @@ pub fn prefetch_lines<T>(start: *const T, len: usize) {
         prefetch_line(start.wrapping_add(at));
     }
 }
+
+/// Starts making the cache lines of `len` elements this core's own, for stores: one that misses waits in the store buffer, which holds up
+/// all that come after it. The address need not be valid.
+#[inline(always)]
+#[expect(unsafe_code, reason = "an instruction without an intrinsic")]
+pub fn prefetch_lines_to_write<T>(start: *const T, len: usize) {
+    let start = start.cast::<u8>();
+    for at in (0..len * size_of::<T>()).step_by(LINE) {
+        // SAFETY: a prefetch is a hint that never faults; a processor without this one does nothing.
+        unsafe { std::arch::asm!("prefetchw [{}]", in(reg) start.wrapping_add(at), options(readonly, nostack, preserves_flags)) };
+    }
+}

@@ -1,17 +1,22 @@
 //! Outputs where tokens are contiguous: tokens in the lanes, one channel after the other.
 //!
-//! Inputs are widened once into a line of scratch that begins with what lies before them; taps read it at shifted places.
+//! Taps read inputs at shifted places: where they lie, or, if they have to be widened or filters reach before the run, in a line of
+//! scratch that begins with what lies before them.
 
 use super::args::{ConvArgs, ConvOut, Run};
 use super::plan::runs_of;
 use crate::dtype::Float;
 use crate::math::load::{MAX_LANES, load_padded, store_padded, widen};
-use crate::math::silu::silu;
-use crate::simd::{Isa, SimdElement, Task, Vector};
+use crate::math::silu::silu_each;
+use crate::simd::{Isa, SimdElement, Task, Vector, prefetch_lines, prefetch_lines_to_write};
 use crate::workspace::{Scratch, carve};
 
 /// Tokens that are staged at a time, so that they stay in L1.
 pub(super) const SPAN: usize = 1024;
+/// How many tokens ahead inputs and outputs are requested; beyond the end that is in the next channel's.
+const AHEAD: usize = SPAN;
+/// Vectors of tokens that are worked on in step.
+const TOGETHER: usize = 4;
 
 /// Tasks are rows of the batch times groups of channels.
 pub struct Forward<'a, T: SimdElement> {
@@ -37,22 +42,51 @@ impl<E: Float> Filter<'_, E> {
         self.bias = args.bias.as_ref().map_or(E::ZERO, |bias| bias.get(channel, 0, 0));
     }
 
-    /// `bias + sum_j taps_j line_(t + j)` for the tokens from `t` on.
+    /// `bias + sum_j taps_j x_j` for some vectors of tokens, of which `load` gives those that belong to a tap.
     #[inline(always)]
-    pub(super) fn apply<T: SimdElement<Acc = E>, I: Isa>(&self, line: &[E], t: usize) -> T::V<I> {
-        let mut y = T::V::<I>::splat(self.bias);
+    pub(super) fn apply<T: SimdElement<Acc = E>, I: Isa, const N: usize>(
+        &self,
+        load: impl Fn(usize) -> [T::V<I>; N],
+    ) -> [T::V<I>; N] {
+        let mut y = [T::V::<I>::splat(self.bias); N];
         // Four taps are the usual: known here, they stay in registers.
         if let &[a, b, c, d] = &*self.taps {
             for (j, tap) in [a, b, c, d].into_iter().enumerate() {
-                y = T::V::<I>::load(&line[t + j..]).mul_add(T::V::<I>::splat(tap), y);
+                for (y, x) in y.iter_mut().zip(load(j)) {
+                    *y = x.mul_add(T::V::<I>::splat(tap), *y);
+                }
             }
             return y;
         }
         for (j, &tap) in self.taps.iter().enumerate() {
-            y = T::V::<I>::load(&line[t + j..]).mul_add(T::V::<I>::splat(tap), y);
+            for (y, x) in y.iter_mut().zip(load(j)) {
+                *y = x.mul_add(T::V::<I>::splat(tap), *y);
+            }
         }
         y
     }
+}
+
+/// Adjacent vectors of a line of scratch.
+#[inline(always)]
+fn load_sums<T: SimdElement, I: Isa, const N: usize>(line: &[T::Acc]) -> [T::V<I>; N] {
+    let line = &line[..N * T::V::<I>::LANES];
+    let mut vectors = [T::V::<I>::load(line); N];
+    for (i, x) in vectors.iter_mut().enumerate().skip(1) {
+        *x = T::V::<I>::load(&line[i * T::V::<I>::LANES..]);
+    }
+    vectors
+}
+
+/// Adjacent vectors of inputs.
+#[inline(always)]
+fn load_inputs<T: SimdElement, I: Isa, const N: usize>(x: &[T]) -> [T::V<I>; N] {
+    let x = &x[..N * T::V::<I>::LANES];
+    let mut vectors = [T::load::<I>(x); N];
+    for (i, vector) in vectors.iter_mut().enumerate().skip(1) {
+        *vector = T::load::<I>(&x[i * T::V::<I>::LANES..]);
+    }
+    vectors
 }
 
 /// Puts what lies before token `at` of a run at the start of a line.
@@ -75,14 +109,52 @@ impl<T: SimdElement> Task for Forward<'_, T> {
         let mut scratch = Scratch::take::<T::Acc>(2 * shape.width + SPAN + 2 * MAX_LANES);
         let mut rest = scratch.as_mut_slice::<T::Acc>();
         let mut filter = Filter { taps: carve(&mut rest, shape.width), bias: T::Acc::ZERO };
+        let own = &runs[runs_of(runs, batch)];
         for channel in first..shape.channels.min(first + self.group) {
             filter.read(self.args, channel);
             let out = self.out.out.row(batch, channel, 0);
-            for run in &runs[runs_of(runs, batch)] {
+            for run in own {
                 self.args.write_state(run, self.out.last.as_ref(), channel..channel + 1);
                 self.channel::<I>(run, channel, &filter, rest, &mut out[run.first..run.first + run.len]);
             }
         }
+    }
+}
+
+/// The tokens of a run of one channel.
+struct Tokens<'r, T> {
+    x: &'r [T],
+    residual: Option<&'r [T]>,
+    out: &'r mut [T],
+    silu: bool,
+}
+
+impl<T: SimdElement> Tokens<'_, T> {
+    /// Activates vectors of sums, adds the residual, and writes the tokens from `t` on, as far as they go if it is one vector.
+    #[inline(always)]
+    fn finish<I: Isa, const N: usize>(&mut self, mut y: [T::V<I>; N], t: usize) {
+        let lanes = T::V::<I>::LANES;
+        let end = if N == 1 { self.out.len() } else { t + N * lanes };
+        if self.silu {
+            y = silu_each::<T, I, N>(y);
+        }
+        if let Some(residual) = self.residual {
+            let residual = &residual[t..end];
+            for (i, y) in y.iter_mut().enumerate() {
+                *y = y.add(load_padded::<T, I>(&residual[i * lanes..]));
+            }
+        }
+        let out = &mut self.out[t..end];
+        for (i, y) in y.into_iter().enumerate() {
+            store_padded::<T, I>(y, &mut out[i * lanes..]);
+        }
+    }
+
+    /// Requests the inputs and outputs that follow soon after `len` tokens from `t` on.
+    #[inline(always)]
+    fn request(&self, t: usize, len: usize) {
+        prefetch_lines(self.x.as_ptr().wrapping_add(t + AHEAD), len);
+        prefetch_lines_to_write(self.out.as_ptr().wrapping_add(t + AHEAD), len);
     }
 }
 
@@ -100,26 +172,42 @@ impl<T: SimdElement> Forward<'_, T> {
             return;
         }
         let (x, before) = (&args.x.row(run.batch, channel, 0)[of_run], args.shape.width - 1);
+        let (lanes, together) = (T::V::<I>::LANES, TOGETHER * T::V::<I>::LANES);
+        let mut tokens = Tokens { x, residual, out, silu: args.silu };
         stage_past(args, run, (channel, 0), line);
-        let mut start = 0;
-        while start < run.len {
-            let end = run.len.min(start + SPAN);
+        // Inputs that need not be widened are staged only where filters reach before the run.
+        let widened = size_of::<T>() < size_of::<T::Acc>();
+        let staged = if widened { run.len } else { run.len.min(before.next_multiple_of(together)) };
+        let (mut start, mut t) = (0, 0);
+        while start < staged {
+            let end = staged.min(start + SPAN);
             widen::<T, I>(&x[start..end], &mut line[before..]);
-            let out = &mut out[start..end];
-            let mut t = 0;
-            while t < out.len() {
-                let mut y = filter.apply::<T, I>(line, t);
-                if args.silu {
-                    y = silu::<T, I>(y);
-                }
-                if let Some(residual) = residual {
-                    y = y.add(load_padded::<T, I>(&residual[start + t..end]));
-                }
-                store_padded::<T, I>(y, &mut out[t..]);
-                t += T::V::<I>::LANES;
+            while t + together <= end {
+                tokens.request(t, together);
+                let y = filter.apply::<T, I, TOGETHER>(|j| load_sums::<T, I, TOGETHER>(&line[t - start + j..]));
+                tokens.finish::<I, TOGETHER>(y, t);
+                t += together;
             }
-            line.copy_within(end - start..end - start + before, 0);
+            while t < end {
+                let y = filter.apply::<T, I, 1>(|j| load_sums::<T, I, 1>(&line[t - start + j..]));
+                tokens.finish::<I, 1>(y, t);
+                t += lanes;
+            }
+            if end < staged {
+                line.copy_within(end - start..end - start + before, 0);
+            }
             start = end;
+        }
+        while t + together <= x.len() {
+            tokens.request(t, together);
+            let y = filter.apply::<T, I, TOGETHER>(|j| load_inputs::<T, I, TOGETHER>(&x[t + j - before..]));
+            tokens.finish::<I, TOGETHER>(y, t);
+            t += together;
+        }
+        while t < x.len() {
+            let y = filter.apply::<T, I, 1>(|j| [load_padded::<T, I>(&x[t + j - before..])]);
+            tokens.finish::<I, 1>(y, t);
+            t += lanes;
         }
     }
 }

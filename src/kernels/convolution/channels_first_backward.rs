@@ -137,7 +137,8 @@ where
         while t < d_out.len() {
             let mut g = load_padded::<T, I>(&d_out[t..]);
             if args.silu {
-                g = g.mul(silu_slope::<T, I>(filter.apply::<T, I>(line.x, t)));
+                let [y] = filter.apply::<T, I, 1>(|j| [T::V::<I>::load(&line.x[t + j..])]);
+                g = g.mul(silu_slope::<T, I>(y));
             }
             g.store(&mut line.g[t..]);
             t += T::V::<I>::LANES;

@@ -1,15 +1,15 @@
 //! Outputs where channels are contiguous: channels in the lanes, four tokens at a time.
 //!
 //! Seven rows of inputs make four rows of outputs of a filter of four taps, so that an output takes 3 loads. Rows are gone along from
-//! end to end, and the next four are requested meanwhile: they lie on pages of their own.
+//! end to end, and the next four of inputs and outputs are requested meanwhile: they lie on pages of their own.
 
 use super::args::{BLOCK, ConvArgs, ConvOut};
 use super::plan::{Piece, Plan};
 use super::taps::{Taps, interleaved};
 use crate::dtype::Float;
 use crate::math::load::{MAX_LANES, load_padded, store_padded};
-use crate::math::silu::silu;
-use crate::simd::{Isa, SimdElement, Task, Vector, prefetch_lines};
+use crate::math::silu::silu_each;
+use crate::simd::{Isa, SimdElement, Task, Vector, prefetch_lines, prefetch_lines_to_write};
 use crate::workspace::Scratch;
 use std::ops::Range;
 
@@ -19,6 +19,8 @@ pub(super) const TILE: usize = 4;
 pub(super) const MOST_TAPS: usize = 4;
 /// Rows of inputs of a tile.
 pub(super) const WINDOW: usize = TILE + MOST_TAPS - 1;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// Tasks are groups of pieces times blocks of channels.
 pub struct Forward<'a, T: SimdElement> {
@@ -131,59 +133,71 @@ impl<T: SimdElement> Forward<'_, T> {
     fn tile<I: Isa, const R: usize, const W: usize>(&self, piece: &Piece, block: &Block, at: usize) {
         let run = &self.args.runs[piece.run];
         let mut out: [&mut [T]; R] = std::array::from_fn(|r| self.out.out.row(run.batch, run.first + at + r, block.number));
+        let width = if W > 0 { W } else { self.args.shape.width };
+        let (data, stride) = self.args.x.rows_from(run.batch, run.first + at + 1 - width, 0);
+        let data = &data[block.first..];
+        let rows: [&[T]; WINDOW] = std::array::from_fn(|i| &data[i.min(R + width - 2) * stride..][..block.width]);
         let (lanes, whole) = (T::V::<I>::LANES, block.width & !(T::V::<I>::LANES - 1));
         let next = at + R + TILE <= piece.end;
+        let x_ahead = data.as_ptr().wrapping_add((R + width - 1) * stride);
+        let out_ahead = out.each_ref().map(|row| row.as_ptr().wrapping_add(R * self.args.shape.channels));
         let mut d = 0;
         while d < whole {
-            self.columns::<I, R, W>(piece, block, (at, d), &mut out);
-            if next {
-                let (data, stride) = self.args.x.rows_from(run.batch, run.first + at + R, 0);
-                for r in 0..TILE {
-                    prefetch_lines(data.as_ptr().wrapping_add(r * stride + block.first + d), lanes);
+            // Once for each line, which may hold several vectors.
+            if next && d.is_multiple_of(LINE / size_of::<T>()) {
+                for (r, out) in out_ahead.into_iter().enumerate() {
+                    prefetch_lines(x_ahead.wrapping_add(r * stride + d), lanes);
+                    prefetch_lines_to_write(out.wrapping_add(d), lanes);
                 }
             }
+            let y = if W > 0 {
+                self.sums::<I, R, W>(rows.map(|row| &row[d..d + lanes]), block.first + d)
+            } else {
+                self.sums_of_any_width::<I, R>((&data[d..], stride), block.first + d)
+            };
+            self.finish::<I, R>(y, piece, (at, block.first + d), (&mut out, d));
             d += lanes;
         }
         if d < block.width {
-            self.columns::<I, R, W>(piece, block, (at, d), &mut out);
+            let y = if W > 0 {
+                self.sums::<I, R, W>(rows.map(|row| &row[d..]), block.first + d)
+            } else {
+                self.sums_of_any_width::<I, R>((&data[d..], stride), block.first + d)
+            };
+            self.finish::<I, R>(y, piece, (at, block.first + d), (&mut out, d));
         }
     }
 
-    /// One vector of channels of `R` tokens.
+    /// One vector of `R` tokens from rows that begin with its channels.
     #[inline(always)]
-    fn columns<I: Isa, const R: usize, const W: usize>(
-        &self,
-        piece: &Piece,
-        block: &Block,
-        (at, d): (usize, usize),
-        out: &mut [&mut [T]; R],
-    ) {
-        let channel = block.first + d;
-        let run = &self.args.runs[piece.run];
-        let width = if W > 0 { W } else { self.args.shape.width };
-        let (data, stride) = self.args.x.rows_from(run.batch, run.first + at + 1 - width, 0);
-        let taps = self.taps.of(channel);
-        let mut y = [T::V::<I>::load(&taps[width * MAX_LANES..]); R];
-        if W > 0 {
-            let mut window = [T::V::<I>::splat(T::Acc::ZERO); WINDOW];
-            for (i, x) in window.iter_mut().enumerate().take(R + W - 1) {
-                *x = load_padded::<T, I>(&data[i * stride + channel..]);
-            }
-            for j in 0..W {
-                let tap = T::V::<I>::load(&taps[j * MAX_LANES..]);
-                for r in 0..R {
-                    y[r] = window[r + j].mul_add(tap, y[r]);
-                }
-            }
-        } else {
-            for j in 0..width {
-                let tap = T::V::<I>::load(&taps[j * MAX_LANES..]);
-                for (r, y) in y.iter_mut().enumerate() {
-                    *y = load_padded::<T, I>(&data[(r + j) * stride + channel..]).mul_add(tap, *y);
-                }
+    fn sums<I: Isa, const R: usize, const W: usize>(&self, rows: [&[T]; WINDOW], channel: usize) -> [T::V<I>; R] {
+        let mut window = [T::V::<I>::splat(T::Acc::ZERO); WINDOW];
+        for (x, row) in window.iter_mut().zip(rows).take(R + W - 1) {
+            *x = load_padded::<T, I>(row);
+        }
+        let taps = &self.taps.of(channel)[..W * MAX_LANES + T::V::<I>::LANES];
+        let mut y = [T::V::<I>::load(&taps[W * MAX_LANES..]); R];
+        for j in 0..W {
+            let tap = T::V::<I>::load(&taps[j * MAX_LANES..]);
+            for r in 0..R {
+                y[r] = window[r + j].mul_add(tap, y[r]);
             }
         }
-        self.finish::<I, R>(y, piece, (at, channel), (out, d));
+        y
+    }
+
+    /// One vector of `R` tokens by any number of taps, from the first row on.
+    #[inline(always)]
+    fn sums_of_any_width<I: Isa, const R: usize>(&self, (data, stride): (&[T], usize), channel: usize) -> [T::V<I>; R] {
+        let (taps, width) = (self.taps.of(channel), self.args.shape.width);
+        let mut y = [T::V::<I>::load(&taps[width * MAX_LANES..]); R];
+        for j in 0..width {
+            let tap = T::V::<I>::load(&taps[j * MAX_LANES..]);
+            for (r, y) in y.iter_mut().enumerate() {
+                *y = load_padded::<T, I>(&data[(r + j) * stride..]).mul_add(tap, *y);
+            }
+        }
+        y
     }
 
     /// Activates, adds the residual, and writes the channels from `d` of a block on.
@@ -196,9 +210,7 @@ impl<T: SimdElement> Forward<'_, T> {
         (out, d): (&mut [&mut [T]; R], usize),
     ) {
         if self.args.silu {
-            for y in &mut y {
-                *y = silu::<T, I>(*y);
-            }
+            y = silu_each::<T, I, R>(y);
         }
         if let Some(residual) = &self.args.residual {
             let run = &self.args.runs[piece.run];
