@@ -76,25 +76,6 @@ impl<'a, T: Element> Values<'a, T> {
             Numbers::Acc(data) => data[at],
         }
     }
-
-    /// Those that follow one along an axis.
-    #[inline(always)]
-    pub fn along(&self, axis: usize, first: [usize; 3], into: &mut [T::Acc]) {
-        let stride = self.strides[axis];
-        let start: usize = first.iter().zip(&self.strides).map(|(i, stride)| i * stride).sum();
-        match self.data {
-            Numbers::Input(data) => {
-                for (i, into) in into.iter_mut().enumerate() {
-                    *into = data[start + i * stride].to_acc();
-                }
-            }
-            Numbers::Acc(data) => {
-                for (i, into) in into.iter_mut().enumerate() {
-                    *into = data[start + i * stride];
-                }
-            }
-        }
-    }
 }
 
 /// Consecutive tokens that see no others.

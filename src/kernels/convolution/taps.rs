@@ -33,14 +33,14 @@ pub fn fill<T: Element>(
     bias: Option<&Values<'_, T>>,
 ) {
     data.fill(T::Acc::ZERO);
-    for channel in channels.clone().step_by(MAX_LANES) {
-        let taps = &mut data[place(channel - channels.start, width + 1)..];
-        let own = MAX_LANES.min(channels.end - channel);
+    let first = channels.start;
+    for channel in channels {
+        let taps = &mut data[place(channel - first, width + 1)..];
         for j in 0..width {
-            weight.along(0, [channel, j, 0], &mut taps[j * MAX_LANES..][..own]);
+            taps[j * MAX_LANES] = weight.get(channel, j, 0);
         }
         if let Some(bias) = bias {
-            bias.along(0, [channel, 0, 0], &mut taps[width * MAX_LANES..][..own]);
+            taps[width * MAX_LANES] = bias.get(channel, 0, 0);
         }
     }
 }

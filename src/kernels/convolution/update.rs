@@ -81,10 +81,10 @@ impl<T: SimdElement> Task for Blocks<'_, T> {
                 }
                 continue;
             };
-            for t in 0..seqlen {
-                self.args.x.along(1, [batch, first, t], &mut rows[(width - 1 + t) * stride..][..own]);
-            }
             for c in 0..own {
+                for t in 0..seqlen {
+                    rows[(width - 1 + t) * stride + c] = self.args.x.get(batch, first + c, t);
+                }
                 let state = self.out.states.row(state, first + c, 0);
                 self.advance(slot.seen, state, (&mut rows[c..], stride));
             }
@@ -131,10 +131,7 @@ impl<T: SimdElement> Blocks<'_, T> {
             line[j * stride] = state[len - before + j].to_acc();
         }
         let kept = len.saturating_sub(tokens);
-        // States are short: a call that moves memory takes longer than this.
-        for s in 0..kept {
-            state[s] = state[s + len - kept];
-        }
+        state.copy_within(len - kept.., 0);
         for (s, x) in state.iter_mut().enumerate().skip(kept) {
             *x = T::from_acc(line[(before + tokens + s - len) * stride]);
         }
