@@ -230,11 +230,15 @@ def why_not_whole(kind: Kind, module: Any, original: Callable[..., Any]) -> str 
         names_in(unwrap(type(module).forward)) <= allowed and names_in(unwrap(type(norm).forward)) <= _NORM
     ):
         return "its forward refers to more than is known"
+    reason = why_refused({}, module.conv1d.weight)
+    if reason is not None:
+        return reason
     try:
         widths = (kind.key_heads(module)[1], kind.value_heads(module)[1])
-        known = module.activation in _SILU and norm.activation in _GATES and max(widths) <= _MAX_HEAD_DIM
+        if module.activation not in _SILU or norm.activation not in _GATES or max(widths) > _MAX_HEAD_DIM:
+            return "activations or widths of heads that operators do not have"
         with torch.no_grad():
-            same = known and _gives_the_same(kind, module, original)
+            same = _gives_the_same(kind, module, original)
     # Whatever it raises, it is not a layer known here.
     except Exception as error:
         return f"a trial raised {type(error).__name__}"
