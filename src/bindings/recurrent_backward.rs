@@ -30,11 +30,7 @@ struct Backward<'py> {
 }
 
 impl<'py> Backward<'py> {
-    fn read(
-        call: Call<'py>,
-        d_out: &Bound<'py, PyAny>,
-        [d_last, kept]: [Option<&Bound<'py, PyAny>>; 2],
-    ) -> PyResult<Self> {
+    fn read(call: Call<'py>, d_out: &Bound<'py, PyAny>, [d_last, kept]: [Option<&Bound<'py, PyAny>>; 2]) -> PyResult<Self> {
         let q = &call.q;
         let read = |arg, object, layout, shape: &[usize], dtype: DType| {
             let array = Array::import(arg, object, layout)?;

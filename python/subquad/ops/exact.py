@@ -176,7 +176,11 @@ def attention(
     draws_seed = dropout_seed is None and dropout_p and is_tensor(q)
     # A tensor converts to the number that is expected here, and would lose its gradient. What requires grad the extension would refuse,
     # which takes 2 microseconds.
-    differentiated = any([getattr(rows, "requires_grad", False) for rows in (q, k, v)])
+    differentiated = (
+        getattr(q, "requires_grad", False)
+        or getattr(k, "requires_grad", False)
+        or getattr(v, "requires_grad", False)
+    )
     if not (watched or draws_seed or differentiated) and (softcap is None or not is_tensor(softcap)):
         try:
             return _native.attention(

@@ -82,11 +82,7 @@ where
 
     /// What the rule makes of the gradients of what is written; leaves those of its readings in `chunk.sums`.
     #[inline(always)]
-    fn of_rule<I: Isa>(
-        &self,
-        head: &Head<'_, T>,
-        (chunk, work): (&mut Chunk<'_, T::Acc>, &mut Work<'_, T::Acc>),
-    ) {
+    fn of_rule<I: Isa>(&self, head: &Head<'_, T>, (chunk, work): (&mut Chunk<'_, T::Acc>, &mut Work<'_, T::Acc>)) {
         let (Size { rows, chunk: row, .. }, stride_v, width_v) = (head.size, head.stride_v, head.width_v);
         match &self.args.forward.rule {
             Rule::Additive(_) => {}
@@ -151,7 +147,8 @@ where
                 row.copy_from_slice(&work.gates[at..at + row.len()]);
             }
         }
-        if let Some(row) = self.gradients.bonus.as_ref().map(|bonus| bonus.row(self.number, head.index, head.first / head.size.chunk))
+        if let Some(row) =
+            self.gradients.bonus.as_ref().map(|bonus| bonus.row(self.number, head.index, head.first / head.size.chunk))
         {
             for (out, x) in row.iter_mut().zip(&bonus) {
                 *out = T::Acc::from_f64(*x);
@@ -184,10 +181,7 @@ where
     let [a, b] = of_first;
     let [c, d] = of_second;
     let [queries, readers] = &mut chunk.lefts;
-    let mut left = [
-        of_left(&*work.lefts[0], first, queries, [a, b]),
-        of_left(&*work.lefts[1], second, readers, [c, d]),
-    ];
+    let mut left = [of_left(&*work.lefts[0], first, queries, [a, b]), of_left(&*work.lefts[1], second, readers, [c, d])];
     let [first, second] = &mut work.d_rights;
     let mut right =
         [RightGradient { rows: &*work.rights[0], gradient: first }, RightGradient { rows: &*work.rights[1], gradient: second }];
@@ -271,7 +265,11 @@ fn of_alpha<T: SimdElement, I: Isa>(
     match head.args.decay {
         Decay::None => {}
         Decay::Heads(_) | Decay::Steps(_) => {
-            end[0] = T::Acc::from_f64(dot_rows::<T::Acc, I>([state, d_state], head.stride_v, [head.args.shape.head_dim, head.width_v])) * chunk.alpha[0];
+            end[0] = T::Acc::from_f64(dot_rows::<T::Acc, I>(
+                [state, d_state],
+                head.stride_v,
+                [head.args.shape.head_dim, head.width_v],
+            )) * chunk.alpha[0];
         }
         Decay::Channels(_) => {
             for (d, end) in end.iter_mut().enumerate() {

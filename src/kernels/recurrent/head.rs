@@ -8,8 +8,8 @@ use crate::math::elementwise::{are_finite, multiply, scale, subtract_and_scale};
 use crate::math::load::{MAX_LANES, store_scaled};
 use crate::math::product::{Factors, Product, ROW_STEP, Rows, Start, add_product, row_width, set_product};
 use crate::math::triangular::substitute;
-use crate::simd::{Isa, SimdElement, Wide};
 use crate::parallel::RowWriter;
+use crate::simd::{Isa, SimdElement, Wide};
 use crate::tensor::Tensor;
 use crate::workspace::carve;
 use std::f64::consts::LOG2_E;
@@ -145,7 +145,17 @@ where
     pub fn new(args: &'a RecurrentArgs<'a, T>, sequence: Sequence, head: usize, chunk: usize) -> Self {
         let (width, width_v) = (row_width(args.shape.head_dim), row_width(args.shape.head_dim_v));
         let size = Size { rows: 0, chunk, width, stride: stride_of(width) };
-        Self { args, sequence, index: head, size, width_v, stride_v: stride_of(width_v), ahead: chunk as isize, first: 0, count: 0 }
+        Self {
+            args,
+            sequence,
+            index: head,
+            size,
+            width_v,
+            stride_v: stride_of(width_v),
+            ahead: chunk as isize,
+            first: 0,
+            count: 0,
+        }
     }
 
     /// The head at the chunk from token `first` on.
