@@ -174,8 +174,8 @@ def attention(
     mask, normalizer = _lowered(mask), _lowered(normalizer)
     watched = is_watched()
     draws_seed = dropout_seed is None and dropout_p and is_tensor(q)
-    # A tensor converts to the number that is expected here, and would lose its gradient. What requires grad the extension would refuse,
-    # which takes 2 microseconds.
+    # A tensor converts to the number that is expected here, and would lose its gradient. What requires grad the extension would
+    # refuse, which takes 2 microseconds.
     differentiated = (
         getattr(q, "requires_grad", False)
         or getattr(k, "requires_grad", False)
