@@ -9,6 +9,7 @@ mod convolution_update;
 mod dlpack;
 mod enter;
 mod errors;
+mod gated_norm;
 mod inputs;
 mod integers;
 mod kvcache;
@@ -52,6 +53,7 @@ fn native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(scan::selective_state_update, module)?)?;
     module.add_function(wrap_pyfunction!(scan::linear_scan, module)?)?;
     module.add_function(wrap_pyfunction!(scan::linear_scan_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(gated_norm::rms_norm_gated, module)?)?;
     module.add_function(wrap_pyfunction!(sdpa::scaled_dot_product_attention, module)?)?;
     module.add_function(wrap_pyfunction!(runtime::set_num_threads, module)?)?;
     module.add_function(wrap_pyfunction!(runtime::get_num_threads, module)?)?;

@@ -1,10 +1,14 @@
-"""Norms of flash-linear-attention's layers that are gated, in PyTorch, with its signatures; see `norms`."""
+"""Norms of flash-linear-attention's layers that are gated, in PyTorch, with its signatures; see `norms`.
+
+`rms_norm_gated` is `subquad.ops`'.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 from torch.nn.functional import silu
 
+from ..ops.gated_norm import rms_norm_gated
 from .norms import Normed, affine, projected, summed, widened
 
 # The signatures are flash-linear-attention's.
@@ -36,11 +40,10 @@ def _norm_gated(
     prenorm: bool,
     residual_in_fp32: bool,
     eps: float,
-    rms: bool,
     linear: tuple[Tensor, Tensor | None] | None = None,
 ) -> Normed:
     wide, total = summed(x, residual, in_fp32=residual_in_fp32)
-    normed = _gated(affine(wide, weight, bias, eps=eps, rms=rms), g, activation).to(x.dtype)
+    normed = _gated(affine(wide, weight, bias, eps=eps, rms=False), g, activation).to(x.dtype)
     if linear is not None:
         normed = projected(normed, *linear)
     return (normed, total) if prenorm else normed
@@ -86,33 +89,6 @@ def layer_norm_gated(
         prenorm=prenorm,
         residual_in_fp32=residual_in_fp32,
         eps=eps,
-        rms=False,
-    )
-
-
-def rms_norm_gated(
-    x: Tensor,
-    g: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: str = "swish",
-    residual: Tensor | None = None,
-    prenorm: bool = False,
-    residual_in_fp32: bool = False,
-    eps: float = 1e-6,
-) -> Normed:
-    """Computes `layer_norm_gated` with means as they are."""
-    return _norm_gated(
-        x,
-        g,
-        weight,
-        bias,
-        residual,
-        activation=activation,
-        prenorm=prenorm,
-        residual_in_fp32=residual_in_fp32,
-        eps=eps,
-        rms=True,
     )
 
 
@@ -139,7 +115,6 @@ def layer_norm_swish_gate_linear(
         prenorm=prenorm,
         residual_in_fp32=residual_in_fp32,
         eps=eps,
-        rms=False,
         linear=(linear_weight, linear_bias),
     )
 
@@ -157,19 +132,11 @@ def rms_norm_swish_gate_linear(
     eps: float = 1e-6,
 ) -> Normed:
     """Computes `layer_norm_swish_gate_linear` with means as they are."""
-    return _norm_gated(
-        x,
-        g,
-        norm_weight,
-        norm_bias,
-        residual,
-        activation="swish",
-        prenorm=prenorm,
-        residual_in_fp32=residual_in_fp32,
-        eps=eps,
-        rms=True,
-        linear=(linear_weight, linear_bias),
-    )
+    result = rms_norm_gated(x, g, norm_weight, norm_bias, "swish", residual, prenorm, residual_in_fp32, eps)
+    if not prenorm:
+        return projected(result, linear_weight, linear_bias)
+    normed, total = result
+    return projected(normed, linear_weight, linear_bias), total
 
 
 def layernorm_fn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .. import ops
+from ..ops.gated_norm import rms_norm_gated
 from .activations import (
     bias_gelu_impl,
     fast_gelu_impl,
@@ -29,7 +30,6 @@ from .gated_norms import (
     layer_norm_gated,
     layer_norm_swish_gate_linear,
     layernorm_fn,
-    rms_norm_gated,
     rms_norm_swish_gate_linear,
     rmsnorm_fn,
 )

@@ -1,7 +1,7 @@
 """Operators, on PyTorch tensors, NumPy arrays and other DLPack arrays alike.
 
 What is named here are the recurrent operators, which `subquad.ops.recurrent` describes, and the short convolutions before them, of
-which `subquad.ops.convolution` tells; they are imported when they are first used.
+which `subquad.ops.convolution` tells, and the gated norm behind them, `rms_norm_gated`; they are imported when they are first used.
 """
 
 from importlib import import_module as _import_module
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         fused_recurrent_gated_delta_rule,
         fused_recurrent_gdn,
     )
+    from .gated_norm import rms_norm_gated
     from .gates import fused_gdn_gate, fused_kda_gate
     from .generalized_delta_rule import (
         chunk_dplr_delta_rule,
@@ -99,6 +100,7 @@ __all__ = [
     "parallel_delta_rule",
     "parallel_retention",
     "parallel_simple_gla",
+    "rms_norm_gated",
     "selective_scan_fn",
     "selective_state_update",
 ]
@@ -110,6 +112,7 @@ _FAMILIES = (
     "gate_loop",
     "gated_delta_product",
     "gated_delta_rule",
+    "gated_norm",
     "gates",
     "generalized_delta_rule",
     "gla",

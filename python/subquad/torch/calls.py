@@ -16,6 +16,7 @@ from subquad.torch import library
 from subquad.torch.attention_operators import ATTENTION, ATTENTION_VARLEN
 from subquad.torch.convolution_operators import CAUSAL_CONV1D
 from subquad.torch.functions import apply
+from subquad.torch.gated_norm import rms_norm_gated
 from subquad.torch.operator_row import Operator, Options
 from subquad.torch.plain import Route, route
 from subquad.torch.recurrent_operators import RECURRENT, with_defaults
@@ -31,6 +32,7 @@ __all__ = [
     "linear_scan",
     "recurrent",
     "recurrent_as_it_is",
+    "rms_norm_gated",
     "scaled_dot_product_attention",
     "selective_scan",
 ]

@@ -17,6 +17,7 @@ from .delta import (
 )
 from .gates import gdn_gate, kda_gate
 from .mlstm import mlstm, mlstm_sigmoid
+from .norms import rms_norm_gated
 from .slots import gsa
 from .state_space import mamba_chunk_scan_combined, selective_scan_fn, selective_state_update
 
@@ -41,6 +42,7 @@ __all__ = [
     "mlstm",
     "mlstm_sigmoid",
     "retention",
+    "rms_norm_gated",
     "rwkv6",
     "rwkv7",
     "selective_scan_fn",

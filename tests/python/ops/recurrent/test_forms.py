@@ -139,8 +139,9 @@ def test_every_operator_is_tried():
     same = {"chunk_gdn", "fused_recurrent_gdn"}
     gates = {"fused_gdn_gate", "fused_kda_gate"}
     convolutions = {"causal_conv1d", "causal_conv1d_fn", "causal_conv1d_update"}
+    norms = {"rms_norm_gated"}
     scans = {"chunk_hgrn", "fused_recurrent_hgrn", "selective_scan_fn", "selective_state_update"}
     around = {function for function, _ in COMPOSED.values()} | convolutions | scans
-    assert {form.function for form in FORMS.values()} | around | same | gates == set(ops.__all__)
+    assert {form.function for form in FORMS.values()} | around | same | gates | norms == set(ops.__all__)
     assert ops.chunk_gdn is ops.chunk_gated_delta_rule
     assert ops.fused_recurrent_gdn is ops.fused_recurrent_gated_delta_rule
