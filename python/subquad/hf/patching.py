@@ -304,6 +304,11 @@ def patch(model: PreTrainedModel, *, row_chunks: bool = True) -> Patch:
     Multi-head latent attention (DeepSeek and others) reads its cache as it is, in calls of few queries, instead
     of expanding it to keys and values for every token.
 
+    Layers of gated delta rules and KDA are computed as a whole, from their projections to the gated norm, where no
+    gradients are needed; with gradients, under autocast, with caches that record the past, and where something hooks into their
+    parts, only their functions are replaced. The report says which layers, and counts those calls. Long prompts of them
+    run in pieces, in which bfloat16 products may be rounded differently.
+
     Recurrent layers keep their caches. States of decoding are written in place, and Mamba-1 continues from a cached state with
     several tokens too, where transformers starts from zeros.
 

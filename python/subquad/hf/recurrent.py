@@ -5,6 +5,8 @@ a stand-in there reaches layers that exist already. It reaches those of all mode
 a patched model, shadowed, notes that it runs, and a stand-in called from anywhere else is the original. Older versions (4.57 to
 5.10 at least) kept the functions of the gated delta rule as attributes of layers: there the stand-in takes the attribute's place.
 
+Layers that `subquad.hf.delta_layers` describes are computed as a whole, except where gradients are needed.
+
 Layers that compute a recurrence in a method of their own have that method shadowed.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from threading import RLock
 from types import MethodType
@@ -20,12 +23,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from subquad.hf.delta_layers import Kind, kind_of
 from subquad.hf.fallbacks import FALLBACKS, Fallback
 from subquad.hf.interface import names_in, own_functions
 from subquad.hf.methods import METHODS, Method
 from subquad.hf.report import Recurrent, Tally
-from subquad.hf.stand_ins import ATTRIBUTE, Tallies, hold, known, release, running
+from subquad.hf.stand_ins import ATTRIBUTE, StandIn, Tallies, hold, known, release, running
+from subquad.hf.whole_layers import compute, why_not_whole
 
+_REPLACED = "functions that something else has replaced"
 _lock = RLock()
 
 
@@ -58,17 +64,33 @@ def _method(module: nn.Module) -> Method | None:
     return METHODS.get(type(module).__name__)
 
 
+def _has_stand_ins(module: nn.Module) -> bool:
+    """Whether nothing else has taken the place of stand-ins since they were put there."""
+    return all(
+        isinstance(function.__globals__.get(name), StandIn)
+        for function, name in _names_of(type(module))  # type: ignore[arg-type] # classes are hashable
+    )
+
+
 # A pickled bound method is looked up by the name of the function, and finds the module's own again.
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Runs the `forward` of a module's class, and notes that it runs."""
-    whole, tallies = type(self).forward, getattr(self, ATTRIBUTE, None)
+    """Computes a layer as a whole where that is known, else runs the `forward` of its class, and notes that it runs."""
+    original, tallies = type(self).forward, getattr(self, ATTRIBUTE, None)
     if tallies is None:
-        return whole(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
     if torch.compiler.is_compiling():
         tallies.compiled()
-        return whole(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
+    if tallies.whole is not None:
+        given = dict(zip(tallies.whole.parameters, args, strict=False)) | kwargs
+        result = compute(tallies.whole, self, given) if _has_stand_ins(self) else _REPLACED
+        if not isinstance(result, str):
+            output, operators = result
+            tallies.count_whole(operators)
+            return output
+        tallies.count_in_parts(result)
     with running(self, (*args, *kwargs.values()), tallies):
-        return whole(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
 
 
 def _computing(name: str) -> Callable[..., Any]:
@@ -91,6 +113,28 @@ def _computing(name: str) -> Callable[..., Any]:
 
 
 _SHADOWS = {name: _computing(name) for name in {method.name for method in METHODS.values()}}
+
+
+def _in_parts(module: Any, **kwargs: Any) -> Any:
+    """Runs the `forward` of a module's class with operators in the place of its functions, which nobody counts."""
+    with running(module, tuple(kwargs.values()), Tallies(())):
+        return type(module).forward(module, **kwargs)
+
+
+def _whole(module: nn.Module, trials: dict[Any, str | None]) -> tuple[Kind | None, str | None]:
+    """Returns how a layer is computed as a whole, or why it is not, if it looks as if it could be.
+
+    Args:
+        module: The layer, whose functions have stand-ins.
+        trials: What came of those before, of which one does for layers of a class and size.
+    """
+    kind = kind_of(module)
+    if kind is None:
+        return None, None
+    key = type(module), tuple(one.shape for one in module.parameters())
+    if key not in trials:
+        trials[key] = why_not_whole(kind, module, _in_parts)
+    return (kind, None) if trials[key] is None else (None, trials[key])
 
 
 def _shadow(module: nn.Module) -> tuple[str, Callable[..., Any]]:
@@ -127,26 +171,29 @@ class RecurrentLayers:
 
     def cover(self, modules: list[nn.Module]) -> None:
         """Lets layers compute with subquad's operators."""
-        counts: Counter[tuple[str, tuple[str, ...], bool]] = Counter()
+        counts: Counter[Recurrent] = Counter()
+        trials: dict[Any, str | None] = {}
         for module in modules:
             found = list(_seams(module))
             for namespace, name, fallback in found:
                 held = self._attributes if namespace is vars(module) else self.globals
                 held.append(hold(namespace, name, fallback))
             tallies = getattr(module, ATTRIBUTE, Tallies(())).tallies
-            setattr(module, ATTRIBUTE, Tallies((*tallies, self._tally)))
+            kind, obstacle = _whole(module, trials)
+            setattr(module, ATTRIBUTE, Tallies((*tallies, self._tally), kind))
             name, shadow = _shadow(module)
             setattr(module, name, MethodType(shadow, module))
             self.modules.append(module)
             method = _method(module)
             operators = {fallback.operator for _, _, fallback in found}
             operators |= set() if method is None else {method.operator}
+            operators |= set() if kind is None else {*kind.operators}
             continues = any(fallback.continues for _, _, fallback in found)
-            counts[type(module).__name__, tuple(sorted(operators)), continues] += 1
-        self.coverage = tuple(
-            Recurrent(name, count, operators, continues)
-            for (name, operators, continues), count in counts.items()
-        )
+            layers = Recurrent(
+                type(module).__name__, 1, tuple(sorted(operators)), continues, kind is not None, obstacle
+            )
+            counts[layers] += 1
+        self.coverage = tuple(replace(layers, count=count) for layers, count in counts.items())
 
     def undo(self) -> None:
         """Lets the layers compute as they did. A second call does nothing.
@@ -159,10 +206,10 @@ class RecurrentLayers:
                 release(self._attributes.pop())
             while self.modules:
                 module = self.modules.pop()
-                tallies = getattr(module, ATTRIBUTE).tallies
-                left = tuple(one for one in tallies if one is not self._tally)
+                covered: Tallies = getattr(module, ATTRIBUTE)
+                left = tuple(one for one in covered.tallies if one is not self._tally)
                 if left:
-                    setattr(module, ATTRIBUTE, Tallies(left))
+                    setattr(module, ATTRIBUTE, replace(covered, tallies=left))
                 else:
                     delattr(module, ATTRIBUTE)
                     if not _shadowed_by_others(module):

@@ -76,12 +76,16 @@ class Recurrent:
         operators: The operators, of `subquad.ops`.
         continues: Whether several tokens continue from a cached state, where transformers' function starts from
             zeros.
+        whole: Whether calls without gradients are computed as a whole, from the projections to the gated norm.
+        obstacle: Why they are not, of layers that look as if they could be.
     """
 
     name: str
     count: int
     operators: tuple[str, ...]
     continues: bool
+    whole: bool = False
+    obstacle: str | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,7 @@ class Tally:
         on_latents: Those of them that read the cache of multi-head latent attention as it is.
         dense: Those of them that read a mask of one entry for each query and key, by the mask's origin.
         recurrent: Calls that operators computed for recurrent layers, by operator.
+        in_parts: Calls of layers that are otherwise computed as a whole in which only functions were replaced, by reason.
         delegated: Calls that the original computed, by reason and implementation.
         compiled: Whether `torch.compile` traced a call. Counting in traced code would recompile it each time.
     """
@@ -139,6 +144,7 @@ class Tally:
     on_latents: int = 0
     dense: Counter[str] = field(default_factory=Counter)
     recurrent: Counter[str] = field(default_factory=Counter)
+    in_parts: Counter[str] = field(default_factory=Counter)
     delegated: Counter[tuple[str, str]] = field(default_factory=Counter)
     compiled: bool = False
 
@@ -168,6 +174,7 @@ class Report:
         on_latents: Those of them that read the cache of multi-head latent attention as it is.
         dense: Those of them that read a mask with one entry for each query and key, by the mask's origin.
         computed_recurrent: Calls that operators computed for recurrent layers, by operator.
+        in_parts: Calls of layers that are otherwise computed as a whole in which only functions were replaced, by reason.
         delegated: Calls that the original implementation computed, by reason, most frequent first.
         compiled: Whether calls were compiled by `torch.compile`: the original computes those, and they are
             not counted.
@@ -185,6 +192,7 @@ class Report:
     on_latents: int
     dense: Mapping[str, int]
     computed_recurrent: Mapping[str, int]
+    in_parts: Mapping[str, int]
     delegated: tuple[Delegated, ...]
     compiled: bool
 
@@ -204,6 +212,10 @@ class Report:
             lines.append(f"  latent caches: {one.name}{_times(one.count)}: {use}")
         for layers in self.recurrent:
             lines.append(f"  recurrent: {layers.name}{_times(layers.count)}: {', '.join(layers.operators)}")
+            if layers.whole:
+                lines.append("    computed as a whole where no gradients are needed")
+            if layers.obstacle is not None:
+                lines.append(f"    computed function by function: {layers.obstacle}")
             if layers.continues:
                 lines.append(
                     "    several tokens continue from the cached state; transformers starts from zeros"
@@ -219,6 +231,10 @@ class Report:
         lines += [f"    with a dense mask: {origin}: {_calls(calls)}" for origin, calls in self.dense.items()]
         lines += [
             f"    by {operator}: {_calls(calls)}" for operator, calls in self.computed_recurrent.items()
+        ]
+        lines += [
+            f"    function by function: {reason}: {_calls(calls)} of layers"
+            for reason, calls in self.in_parts.items()
         ]
         lines += [
             f"  {one.reason}: {_calls(one.calls)} delegated to {one.original}" for one in self.delegated
@@ -243,6 +259,7 @@ def take_report(coverage: Coverage, tally: Tally, *, active: bool) -> Report:
         on_latents=tally.on_latents,
         dense=dict(tally.dense.most_common()),
         computed_recurrent=dict(tally.recurrent.most_common()),
+        in_parts=dict(tally.in_parts.most_common()),
         delegated=tuple(
             Delegated(reason, original, calls) for (reason, original), calls in tally.delegated.most_common()
         ),

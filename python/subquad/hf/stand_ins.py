@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from subquad.hf.delta_layers import Kind
 from subquad.hf.fallbacks import FALLBACKS, Fallback
 from subquad.hf.recurrent_arguments import Running
 from subquad.hf.report import Tally
@@ -25,9 +26,11 @@ class Tallies:
 
     Attributes:
         tallies: Their counts.
+        whole: How the layer is made, where it is computed as a whole.
     """
 
     tallies: tuple[Tally, ...]
+    whole: Kind | None = None
 
     def count(self, operator: str, function: str, result: Any) -> bool:
         """Notes a call of an operator, which was refused if the result is a reason.
@@ -47,6 +50,16 @@ class Tallies:
             else:
                 tally.recurrent[operator] += 1
         return not refused
+
+    def count_whole(self, operators: Iterable[str]) -> None:
+        """Notes a call of a layer that was computed as a whole, by these operators."""
+        for tally in self.tallies:
+            tally.recurrent.update(operators)
+
+    def count_in_parts(self, reason: str) -> None:
+        """Notes a call of a layer that could not be computed as a whole."""
+        for tally in self.tallies:
+            tally.in_parts[reason] += 1
 
     def compiled(self) -> None:
         """Notes that a call is compiled."""

@@ -67,6 +67,8 @@ def test_logits(kind):
     for long, single in operators:
         calls[long] += LONG * layers.count
         calls[single] += SINGLE * layers.count
+    if layers.whole:
+        calls["rms_norm_gated"] = (LONG + SINGLE) * layers.count
     assert report.computed_recurrent == calls
     assert report.delegated == ()
     assert name not in [one.name for one in report.left_alone]
