@@ -131,9 +131,7 @@ def recurrent_backward(
     q: Any,
     k: Any,
     v: Any,
-    d_out: Any,
-    d_final_state: Any | None,
-    kept: Any | None,
+    given: tuple[Any, Any | None, Any | None],
     options: dict[str, Any],
     wrt: list[str],
 ) -> tuple[Any, ...]: ...

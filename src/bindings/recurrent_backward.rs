@@ -164,7 +164,7 @@ where
     call.run::<T>(py)
 }
 
-/// Gradients, from those of the results and what the call has kept, by the names in `wrt`, of arguments that are given; that of `g_gamma` is one for each token, `[B, T, HV]`. States are
+/// Gradients, from those of the results and what the call has kept (`given`), by the names in `wrt`, of arguments that are given; that of `g_gamma` is one for each token, `[B, T, HV]`. States are
 /// `[N, HV, K, V]`.
 #[pyfunction]
 #[expect(clippy::needless_pass_by_value, reason = "extracted by PyO3")]
@@ -172,9 +172,7 @@ pub fn recurrent_backward<'py>(
     q: &Bound<'py, PyAny>,
     k: &Bound<'py, PyAny>,
     v: &Bound<'py, PyAny>,
-    d_out: &Bound<'py, PyAny>,
-    d_final_state: Option<&Bound<'py, PyAny>>,
-    kept: Option<&Bound<'py, PyAny>>,
+    given: (Bound<'py, PyAny>, Option<Bound<'py, PyAny>>, Option<Bound<'py, PyAny>>),
     options: &Bound<'py, PyDict>,
     wrt: Vec<String>,
 ) -> PyResult<Bound<'py, PyTuple>> {
@@ -185,7 +183,8 @@ pub fn recurrent_backward<'py>(
         return Err(Error::Value { arg, expected: "False".into(), got: "True".into() }.into());
     }
     let dtype = call.q.float()?;
-    let backward = Backward::read(call, d_out, [d_final_state, kept])?;
+    let (d_out, d_final_state, kept) = &given;
+    let backward = Backward::read(call, d_out, [d_final_state.as_ref(), kept.as_ref()])?;
     dispatch_dtype!(dtype, run, py, &backward)?;
     let result = |name: &String| {
         let arg = if name == "g_gamma" { "g" } else { name };

@@ -78,7 +78,7 @@ pub enum Start<'a, E> {
     FadedFrom(&'a [E], &'a [E]),
 }
 
-impl<'a, E> Start<'a, E> {
+impl<E> Start<'_, E> {
     /// For the block that begins with a row, at an element.
     #[inline(always)]
     fn at(self, row: usize, element: usize) -> Self {

@@ -23,6 +23,7 @@ from subquad import ops
 from subquad.hf.delta_layers import PARAMETERS, Kind, Projected
 from subquad.hf.interface import names_in
 from subquad.hf.recurrent_arguments import beside, needs_grad, parameter_names, why_refused, wide
+from subquad.hf.tracing import why_unreadable
 from subquad.hf.trials import same_results, sines
 
 _MAX_HEAD_DIM = 1024
@@ -76,7 +77,7 @@ def why_in_parts(kind: Kind, module: Any, given: Mapping[str, Any]) -> str | Non
     if cache is not None and cache.is_recording_past(module.layer_idx):
         return "a cache that records the past"
     others = {name: one for name, one in given.items() if name not in PARAMETERS}
-    return why_refused(others, hidden_states, module.conv1d.weight, getattr(module, kind.norm).weight)
+    return why_refused(others, hidden_states)
 
 
 def compute(kind: Kind, module: Any, given: Mapping[str, Any]) -> tuple[torch.Tensor, tuple[str, ...]] | str:
@@ -191,11 +192,12 @@ def _why_unfit(
 ) -> str | None:
     """Returns why operators do not take what was projected, or the states of a cache."""
     mixed, bias = projected.mixed, module.conv1d.bias
-    given = (mixed, projected.z, projected.b, projected.g, past, state, bias)
-    reason = why_refused({}, *given)
+    parameters = [module.conv1d.weight, getattr(module, kind.norm).weight, *([] if bias is None else [bias])]
+    given = [mixed, projected.z, projected.b, projected.g, *parameters]
+    given += [one for one in (past, state) if one is not None]
+    reason = next(filter(None, map(why_unreadable, given)), None)
     if reason is not None:
         return reason
-    parameters = [module.conv1d.weight, getattr(module, kind.norm).weight, *([] if bias is None else [bias])]
     fits = projected.z.dtype == mixed.dtype and (past is None or past.dtype == mixed.dtype)
     fits = fits and all(one.dtype in (mixed.dtype, wide(mixed.dtype)) for one in parameters)
     return None if fits else "dtypes that differ"

@@ -82,7 +82,7 @@ def _recurrent_backward(tensors: Sequence[Any], options: Options) -> Any:
         # Whoever called did not see that this would be asked for.
         kept = _native.recurrent_and_kept(q, k, v, given)[2]
     wrt = options["wrt"]
-    gradients = _native.recurrent_backward(q, k, v, d_out, d_final_state, kept, given, wrt)
+    gradients = _native.recurrent_backward(q, k, v, (d_out, d_final_state, kept), given, wrt)
     found = dict(zip(wrt, gradients, strict=True))
     if "g_gamma" in found:
         found["g_gamma"] = found["g_gamma"].sum((0, 1), dtype=torch.float64)
