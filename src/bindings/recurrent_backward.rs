@@ -18,6 +18,8 @@ use pyo3::types::{PyDict, PyTuple};
 
 /// Tokens of a chunk where none are asked for.
 const CHUNK: usize = 64;
+/// That with gates of channels, which are worth more than the states that it takes to have fewer of them.
+const CHUNK_OF_CHANNELS: usize = 32;
 
 /// A call, the gradients of its results, and arrays for those of its arguments.
 struct Backward<'py> {
@@ -108,7 +110,11 @@ impl<'py> Backward<'py> {
     {
         let call = &self.call;
         let RecurrentShape { num_heads, num_value_heads, head_dim, .. } = call.shape;
-        let chunk = if let Form::Chunks(chunk) = call.form { chunk } else { CHUNK };
+        let chunk = match call.form {
+            Form::Chunks(chunk) => chunk,
+            _ if call.channels.is_some() => CHUNK_OF_CHANNELS,
+            _ => CHUNK,
+        };
         let args = BackwardArgs {
             forward: call.args::<T>()?,
             initial: call.initial.as_ref().map(|initial| call.states(initial)).transpose()?,

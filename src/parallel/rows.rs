@@ -1,5 +1,6 @@
 //! Outputs that tasks share: each row is written by one of them.
 
+use crate::simd::prefetch_lines_to_write;
 use std::marker::PhantomData;
 #[cfg(debug_assertions)]
 use std::sync::atomic::Ordering;
@@ -89,6 +90,13 @@ impl<'a, T> RowWriter<'a, T> {
         // SAFETY: `new` checked that every row lies within the data and that rows are disjoint, and the data is borrowed
         // mutably for 'a. Kernels ask for each row once, which debug builds assert.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(offset), width) }
+    }
+
+    /// Starts bringing a row into the cache, to be written.
+    #[inline(always)]
+    pub fn prefetch(&self, batch: usize, token: usize, head: usize) {
+        let offset = batch * self.strides[0] + token * self.strides[1] + head * self.strides[2];
+        prefetch_lines_to_write(self.start.wrapping_add(offset), self.shape[3]);
     }
 }
 

@@ -36,6 +36,6 @@ pub fn prefetch_lines_to_write<T>(start: *const T, len: usize) {
     let start = start.cast::<u8>();
     for at in (0..len * size_of::<T>()).step_by(LINE) {
         // SAFETY: a prefetch is a hint that never faults; a processor without this one does nothing.
-        unsafe { std::arch::asm!("prefetchw [{}]", in(reg) start.wrapping_add(at), options(readonly, nostack, preserves_flags)) };
+        unsafe { std::arch::asm!("prefetchw [{}]", in(reg) start.wrapping_add(at), options(nostack, preserves_flags, readonly)) };
     }
 }

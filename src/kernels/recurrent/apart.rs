@@ -59,6 +59,10 @@ where
         head.recall::<I>(self.args.kept, chunk);
         head.load_values::<I>(self.args.d_out, work.d_out);
 
+        head.prefetch(&self.gradients.v, head.index);
+        for rows in [&self.gradients.q, &self.gradients.k] {
+            head.prefetch(rows, head.args.shape.head_of(head.index));
+        }
         of_written::<T, I>(head, d_state, chunk, work);
         of_alpha::<T, I>(head, (state, d_state), chunk, work.end);
         self.of_rule::<I>(head, (chunk, work));

@@ -40,6 +40,9 @@ pub fn run<T: SimdElement, I: Isa>(
             let head = Head { index: number, ..start.at(first) };
             let state = &mut states[i * len..][..len];
             head.load_rows::<I>(&mut work);
+            for rows in [Some(&out.out), out.kept.as_ref()].into_iter().flatten() {
+                head.prefetch(rows, head.index);
+            }
             head.fade::<I>(&mut work, true);
             head.solve::<I>(state, &mut work);
             if let Some(kept) = &out.kept {

@@ -274,6 +274,14 @@ where
         }
     }
 
+    /// Requests the rows of the chunk in an array of results: there is time until they are written.
+    #[inline(always)]
+    pub fn prefetch<E>(&self, results: &RowWriter<'_, E>, head: usize) {
+        for i in 0..self.count {
+            results.prefetch(self.sequence.batch, self.sequence.first + self.first + i, head);
+        }
+    }
+
     /// Multiplies rows of values by a factor each.
     #[inline(always)]
     pub fn scale_rows<I: Isa>(&self, rows: &mut [T::Acc], factors: &[T::Acc; MAX_CHUNK]) {
