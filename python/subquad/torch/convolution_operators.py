@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from subquad import _native
-from subquad.torch.operator_row import NO_SECOND, WRT, Operator, Options, fake_gradients, without_results
+from subquad.torch.operator_row import NO_SECOND, WRT, Operator, Options, fake_gradients
 
 _OPTIONAL = ("bias", "residual", "initial_state", "seq_idx", "cu_seqlens")
 _OTHERS = {"silu": "bool", "tokens_first": "bool", "full_state": "bool"}
@@ -67,7 +67,7 @@ CAUSAL_CONV1D = Operator(
     compute=_causal_conv1d,
     fake=_fake_causal_conv1d,
     derivative=CAUSAL_CONV1D_BACKWARD,
-    derivative_call=without_results,
+    kept=(),
     autocast=frozenset({"x", "weight", "bias", "residual", "initial_state"}),
     missing="",
 )

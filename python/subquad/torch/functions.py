@@ -54,7 +54,7 @@ def _save(
 ) -> None:
     ctx.options, ctx.names = options, names
     # Changes of tensors that are saved so are found out.
-    ctx.save_for_backward(*tensors, *(outputs if operator.keeps_results else ()))
+    ctx.save_for_backward(*tensors, *operator.results_kept(outputs))
     if is_forward_mode():
         ctx.save_for_forward(*tensors)
     ctx.set_materialize_grads(False)

@@ -71,7 +71,7 @@ def _register(operator: Operator) -> None:
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         tables = inputs[count]
-        outputs = tuple(output) if operator.keeps_results else ()
+        outputs = operator.results_kept(output)
         ctx.save_for_backward(*inputs[:count], *tables, *outputs)
         ctx.num_tables, ctx.rest = len(tables), inputs[count + 1 :]
         ctx.set_materialize_grads(False)

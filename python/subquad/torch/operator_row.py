@@ -20,13 +20,6 @@ def _after_results(
     return (*gradients, *results, *tensors)
 
 
-def without_results(
-    gradients: Sequence[Any], _results: Sequence[Any], tensors: Sequence[Any], _options: Options
-) -> Sequence[Any]:
-    """A `derivative_call` of rows that take no results."""
-    return (*gradients, *tensors)
-
-
 @dataclass(frozen=True)
 class Operator:
     """A row of the table.
@@ -42,8 +35,9 @@ class Operator:
         fake: makes tensors like the results from tensors and options.
         derivative: the row that computes the gradients, if there is one; one of its options is `wrt`: the names of the gradients
             that are wanted.
+        kept: the numbers of the results that it takes, `None` for all. The others are not kept for it, and may be changed in place.
         derivative_call: makes the tensors of a call of that row from the gradients of the results (`None` where there is none), the
-            results, the tensors and the options.
+            results that are kept, the tensors and the options.
         missing: what is asked for in vain where there is no such row.
         follows: the tensors that the others determine: what gradients they have is part of those of the others.
         autocast: the tensors and options that autocast casts.
@@ -61,6 +55,7 @@ class Operator:
     fake: Callable[[Sequence[Any], Options], Any]
     derivative: Operator | None
     missing: str
+    kept: tuple[int, ...] | None = None
     derivative_call: Callable[..., Sequence[Any]] = _after_results
     follows: frozenset[str] = frozenset()
     # As of PyTorch's own attention.
@@ -72,10 +67,9 @@ class Operator:
         """The names of the tensors."""
         return tuple(name.rstrip("?") for name in self.tensors)
 
-    @property
-    def keeps_results(self) -> bool:
-        """Whether its derivative takes the results. Else they are not kept for it, and may be changed in place."""
-        return self.derivative_call is not without_results
+    def results_kept(self, results: Sequence[Any]) -> Sequence[Any]:
+        """Returns the results that are kept for the derivative."""
+        return results if self.kept is None else [results[number] for number in self.kept]
 
     def tensors_among(self, options: Options) -> list[str]:
         """Returns the names of the options that are tensors in a call."""

@@ -100,7 +100,7 @@ def _recurrent_call(
     gradients: Sequence[Any], results: Sequence[Any], tensors: Sequence[Any], _options: Options
 ) -> Sequence[Any]:
     d_out, d_final_state, _ = gradients
-    return (d_out, d_final_state, results[2], *tensors)
+    return (d_out, d_final_state, *results, *tensors)
 
 
 RECURRENT_BACKWARD = Operator(
@@ -125,6 +125,7 @@ RECURRENT = Operator(
     compute=_recurrent,
     fake=_fake_recurrent,
     derivative=RECURRENT_BACKWARD,
+    kept=(2,),
     derivative_call=_recurrent_call,
     autocast=frozenset({"q", "k", "v", "a", "b"}),
     missing="",

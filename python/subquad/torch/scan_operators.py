@@ -41,7 +41,7 @@ def _selective_scan_call(
     gradients: Sequence[Any], results: Sequence[Any], tensors: Sequence[Any], _options: Options
 ) -> Sequence[Any]:
     d_out, d_last, _ = gradients
-    return (d_out, d_last, results[2], *tensors)
+    return (d_out, d_last, *results, *tensors)
 
 
 _OPTIONAL = ("D", "z", "delta_bias", "initial_state")
@@ -69,6 +69,7 @@ SELECTIVE_SCAN = Operator(
     fake=_fake_selective_scan,
     derivative=SELECTIVE_SCAN_BACKWARD,
     autocast=frozenset({"u", "delta", "B", "C", "z"}),
+    kept=(2,),
     derivative_call=_selective_scan_call,
     missing="",
 )
@@ -114,7 +115,7 @@ def _fake_linear_scan_backward(tensors: Sequence[Any], options: Options) -> Any:
 def _linear_scan_call(
     gradients: Sequence[Any], results: Sequence[Any], tensors: Sequence[Any], _options: Options
 ) -> Sequence[Any]:
-    return (*gradients, results[0], tensors[1])
+    return (*gradients, *results, tensors[1])
 
 
 LINEAR_SCAN_BACKWARD = Operator(
@@ -140,6 +141,7 @@ LINEAR_SCAN = Operator(
     fake=_fake_linear_scan,
     derivative=LINEAR_SCAN_BACKWARD,
     autocast=frozenset({"x"}),
+    kept=(0,),
     derivative_call=_linear_scan_call,
     missing="",
 )

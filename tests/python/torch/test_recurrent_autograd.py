@@ -84,12 +84,31 @@ def test_opcheck_of_the_backward(feature, qkv):
     options = with_defaults(feature[0] | feature[1])
     options = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     qkv = [x.detach() for x in qkv]
-    out, state = library.call(RECURRENT, qkv, options)
-    for gradients in ((out, None), (None, state), (out, state)):
-        arguments = carried(
-            RECURRENT_BACKWARD, (*gradients, *qkv), options | {"wrt": ["q", "k", "v", *feature[1]]}
-        )
-        opcheck(library.overload(RECURRENT_BACKWARD), arguments)
+    options["wrt"] = ["q", "k", "v", *feature[1]]
+    out, state, kept = library.call(RECURRENT, qkv, options | {"keep": True})
+    found = []
+    for keep, given in ((True, kept), (False, kept.new_empty(0))):
+        options["keep"] = keep
+        for gradients in ((out, None), (None, state), (out, state)):
+            arguments = carried(RECURRENT_BACKWARD, (*gradients, given, *qkv), options)
+            opcheck(library.overload(RECURRENT_BACKWARD), arguments)
+        found.append(library.call(RECURRENT_BACKWARD, (out, state, given, *qkv), options))
+    assert all(map(torch.equal, *found))
+
+
+def test_inference_keeps_nothing(feature, qkv):
+    function, inputs = function_of(feature), [x.detach() for x in leaves(feature, qkv)]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=False)
+    graphs = []
+
+    def record(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compile(function, fullgraph=True, backend=record, dynamic=False)(*inputs)
+    torch.testing.assert_close(compiled(*inputs)[0], function(*inputs)[0])
+    calls = [node for node in graphs[0].graph.nodes if "recurrent" in str(node.target)]
+    assert [node.meta["example_value"][2].numel() for node in calls] == [0]
 
 
 def test_outputs_may_change_before_the_backward(feature, qkv):
