@@ -35,8 +35,9 @@ All of them raise:
   the values, second derivatives and forward-mode derivatives.
 
 PyTorch differentiates them: tensors that require grad get gradients of all rows, gates, `beta` and both states. States before each
-chunk are computed again in the backward pass, where memory of `O(T / chunk)` states holds them. `torch.compile` sees
-`subquad::recurrent`; autocast casts rows, but not gates and states.
+chunk are computed again in the backward pass, where memory of `O(T / chunk)` states holds them; rules that read the state (delta
+rules, RWKV-7, DPLR, IPLR) keep as much for it as `v` has. `torch.compile` sees `subquad::recurrent`; autocast casts rows, but not
+gates and states.
 """
 
 from __future__ import annotations
