@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .namespace import namespace_of
+from .namespace import namespace_of, zeros
 
 
 def exp(x: Any) -> Any:
@@ -17,8 +17,7 @@ def exp(x: Any) -> Any:
 
 def softplus(x: Any) -> Any:
     """Returns `log(1 + exp(x))`, with all its digits on both sides of 0."""
-    xp = namespace_of("x", x)
-    return xp.logaddexp(x, xp.zeros_like(x))
+    return namespace_of("x", x).logaddexp(x, zeros(x, (), x.dtype))
 
 
 def sigmoid(x: Any) -> Any:

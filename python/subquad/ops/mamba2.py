@@ -133,7 +133,10 @@ def _step_sizes(
     dt = given.parameter("dt", dt, batch, tokens, heads)
     if dt_bias is not None:
         dt = dt + given.parameter("dt_bias", dt_bias, heads)
-    return given.xp.clip(softplus(dt) if dt_softplus else dt, *dt_limit)
+    if dt_softplus:
+        dt = softplus(dt)
+    # What softplus has is within the usual limits.
+    return dt if dt_softplus and tuple(dt_limit) == (0.0, float("inf")) else given.xp.clip(dt, *dt_limit)
 
 
 def _skip(given: Inputs, D: Any, heads: int, width: int) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 
 _HALF = ("float16", "bfloat16")
 _FLOATS = ("float32", "float64", *_HALF)
+# Tokens that are worked on at a time.
+_ROWS = 1024
 
 
 def namespace_of(name: str, array: Any) -> Any:
@@ -122,9 +124,14 @@ def repeated_heads(x: Any, times: int, axis: int) -> Any:
 
 
 def add_product(y: Any, one: Any, other: Any) -> Any:
-    """Returns `y + one * other`. `y`, which nothing else refers to, may be overwritten."""
-    if not hasattr(y, "addcmul_"):
-        y += one * other
-        return y
-    # Autograd may need what it was.
-    return y.addcmul(one, other) if y.requires_grad else y.addcmul_(one, other)
+    """Returns `y + one * other`, where `one` has the last two axes at most. `y`, which nothing else refers to, may be overwritten."""
+    if hasattr(y, "addcmul_"):
+        # Autograd may need what it was.
+        return y.addcmul(one, other) if y.requires_grad else y.addcmul_(one, other)
+    if namespace_of("y", y).__name__ != "numpy":
+        return y + one * other
+    # The product of all would be as much memory again.
+    for first in range(0, y.shape[1], _ROWS):
+        rows = slice(first, first + _ROWS)
+        y[:, rows] += one * other[:, rows]
+    return y
