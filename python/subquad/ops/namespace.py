@@ -124,7 +124,7 @@ def repeated_heads(x: Any, times: int, axis: int) -> Any:
 
 
 def add_product(y: Any, one: Any, other: Any) -> Any:
-    """Returns `y + one * other`, where `one` has the last two axes at most. `y`, which nothing else refers to, may be overwritten."""
+    """Returns `y + one * other`, where `one` has the last two axes at most. Nobody else has `y`, which may be overwritten."""
     if hasattr(y, "addcmul_"):
         # Autograd may need what it was.
         return y.addcmul(one, other) if y.requires_grad else y.addcmul_(one, other)
