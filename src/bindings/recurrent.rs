@@ -12,13 +12,15 @@ use crate::kernels::recurrent::{
 };
 use crate::parallel::RowWriter;
 use crate::simd::{SimdElement, Wide};
-use crate::tensor::{MAX_HEAD_DIM, Tensor, shape_text};
+use crate::tensor::{Tensor, shape_text};
 use half::{bf16, f16};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 /// Most tokens, heads and sequences that are told apart where arrays have no elements.
 const MAX_SEQUENCES: usize = 1 << 24;
+/// Elements of a state at most: each task has those of its heads in scratch.
+const MAX_STATE: usize = 1 << 22;
 
 /// Arrays beside queries, keys and values, by name.
 pub struct Named<'a, 'py>(pub &'a Bound<'py, PyDict>);
@@ -121,11 +123,9 @@ fn shape_of(q: &Array<'_>, k: &Array<'_>, v: &Array<'_>) -> Result<RecurrentShap
     if v_shape[..2] != q_shape[..2] || !divides {
         return wrong(v.arg, format!("({batch}, {seqlen}, a multiple of {num_heads}, V) as {} has", q.arg), v_shape);
     }
-    for (arg, dim) in [(q.arg, head_dim), (v.arg, head_dim_v)] {
-        if dim > MAX_HEAD_DIM {
-            let instead = format!("heads of 1 to {MAX_HEAD_DIM} are");
-            return Err(Error::Unsupported { what: format!("{arg}: head_dim {dim}"), instead });
-        }
+    if head_dim.saturating_mul(head_dim_v) > MAX_STATE {
+        let what = format!("{}: a state of {head_dim} x {head_dim_v}", v.arg);
+        return Err(Error::Unsupported { what, instead: format!("states of up to {MAX_STATE} elements are") });
     }
     if batch > MAX_SEQUENCES || num_value_heads > MAX_SEQUENCES {
         return Err(Error::Overflow { arg: v.arg, got: shape_text(&v_shape) });

@@ -16,8 +16,6 @@ from .sequences import by_sequence, last_of, spans_of
 # The signatures are in the manner of flash-linear-attention, which has no such operator.
 # ruff: noqa: FBT001, FBT002
 
-# The widest keys of the engine, which keeps real and imaginary parts of the state as channels.
-_WIDEST = 512
 # How far above 1 the length of a number lies that was rounded from one of length 1.
 _ROUNDED = 1e-6
 
@@ -38,7 +36,7 @@ def chunk_gate_loop(
     Decays are numbers here, not their logarithms. Phases are summed in float64, and half types are computed in float32.
 
     Args:
-        q: queries, `[B, T, H, K]`, `K` up to 512.
+        q: queries, `[B, T, H, K]`.
         k: keys, `[B, T, H, K]`.
         v: values, `[B, T, H, V]`.
         a: decays, complex64 or complex128, `[B, T, H, K]`, of absolute value 1 or below.
@@ -54,8 +52,6 @@ def chunk_gate_loop(
     given = Inputs("q", q, "B, T, H, K")
     xp = given.xp
     batch, tokens, heads, width = q.shape
-    if width > _WIDEST:
-        raise NotImplementedError(f"q: head_dim {width} is not supported; heads of 1 to {_WIDEST} are")
     k = given.alike("k", k, batch, tokens, heads, width)
     v = given.alike("v", v, batch, tokens, heads, "V")
     a = _complex(given, "a", a, batch, tokens, heads, width)

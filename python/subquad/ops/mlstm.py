@@ -17,8 +17,6 @@ from .sequences import by_sequence, last_of, spans_of
 # The signatures are those of mlstm_kernels.
 # ruff: noqa: FBT001, FBT002
 
-# The widest values of the engine, less the column that sums the keys.
-_WIDEST = 1023
 # Log decays that are lower leave nothing; sums of an infinite one would have no differences.
 _LOWEST = -1e4
 # Below the logarithm of the largest number, by one.
@@ -49,7 +47,7 @@ def mlstm_chunkwise(
     Args:
         q: queries, `[B, H, T, K]`.
         k: keys, `[B, H, T, K]`.
-        v: values, `[B, H, T, V]`, `V` up to 1023.
+        v: values, `[B, H, T, V]`.
         i: input gates before their activation, `[B, H, T]`.
         f: forget gates before their activation, `[B, H, T]`.
         c_initial: `C exp(-m)` before the first token, `[N, H, K, V]`. Given with the two that follow, or not at all: 0.
@@ -156,7 +154,7 @@ def mlstm_siging_chunkwise(
     Args:
         q: queries, `[B, H, T, K]`.
         k: keys, `[B, H, T, K]`.
-        v: values, `[B, H, T, V]`; `V` is up to 1023 with `normalize`.
+        v: values, `[B, H, T, V]`.
         i: input gates before their activation, `[B, H, T]`.
         f: forget gates before their activation, `[B, H, T]`.
         c_initial: `C` before the first token, `[N, H, K, V]`. Default: 0.
@@ -301,10 +299,6 @@ def _remember(
 ) -> tuple[Any, Any, tuple[Any, Any] | None]:
     """Returns numerators, what denominators are made of, and `(C, n)` or `None`."""
     width = v.shape[3]
-    if width > _WIDEST:
-        raise NotImplementedError(
-            f"v: head_dim {width} is not supported; heads of 1 to {_WIDEST} are, beside a sum of keys"
-        )
     q, k, v = (cast(x, given.sums) for x in (q, k, v))
     # The sums of keys are what a value of 1 in all tokens would give.
     v = given.xp.concatenate([v, given.xp.ones_like(v[..., :1])], -1)

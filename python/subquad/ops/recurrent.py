@@ -14,7 +14,8 @@ speak DLPack, of one library:
 
 * float32, float64, float16 or bfloat16; gates, `beta` and states may be float32 beside the half types, and sums always are;
 * `q` and `k` are `[B, T, H, K]`, `v` is `[B, T, HV, V]`, with `HV` a multiple of `H` where an operator says so: value head `h`
-  reads head `h // (HV / H)`; `K` and `V` are 1 to 1024; any strides with a contiguous last axis;
+  reads head `h // (HV / H)`; `K` and `V` are any with up to 4 million elements of a state, `K V`; any
+  strides with a contiguous last axis;
 * `g` and what stands in its place are natural logarithms of decays, 0 or below; `-inf` clears the state;
 * `scale` is `K ** -0.5` unless an operator says otherwise;
 * with `cu_seqlens`, int32 or int64 `[N + 1]`, `B` is 1 and sequence `n` has the tokens `cu_seqlens[n]` to `cu_seqlens[n + 1] - 1`;
@@ -31,7 +32,7 @@ All of them raise:
 
 * `ValueError` for shapes that do not fit, gates above 0, sequences that do not start at 0, decrease, or do not end at `T`;
 * `TypeError` for dtypes that are not supported or differ, objects that are no arrays, mixed libraries, unknown keywords;
-* `NotImplementedError` for heads wider than 1024, `output_attentions`, `cp_context`, `gv`, a `beta` for each column of
+* `NotImplementedError` for larger states, `output_attentions`, `cp_context`, `gv`, a `beta` for each column of
   the values, second derivatives and forward-mode derivatives.
 
 PyTorch differentiates them: tensors that require grad get gradients of all rows, gates, `beta` and both states. States before each

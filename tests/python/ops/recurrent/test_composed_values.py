@@ -150,6 +150,13 @@ def test_chunk_sizes_change_nothing(form, size):
     np.testing.assert_array_equal(call(form, inputs, chunk_size=size)[0], call(form, inputs)[0])
 
 
+@pytest.mark.parametrize(("keys", "values"), [(1100, 5), (5, 1100)])
+@pytest.mark.parametrize("family", FIRST)
+def test_wide_heads(family, keys, values, way):
+    inputs = draw_inputs(family, Sizes(1, 20, 1, 1, keys, values), "float64")
+    check_found(call(FIRST[family], inputs), expect(family, inputs), "float64")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("family", FIRST)
 def test_inputs_of_large_norm(family, dtype, way):

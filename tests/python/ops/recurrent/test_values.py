@@ -101,6 +101,14 @@ def test_gates(family, dtype, way):
             check(call(FIRST[family], given.inputs, given.states), given.expected, dtype)
 
 
+@pytest.mark.parametrize(("keys", "values"), [(1100, 5), (5, 1100)])
+@pytest.mark.parametrize("family", FIRST)
+def test_wide_heads(family, keys, values, way):
+    sizes = Sizes(1, 20, 1, 1, keys, values)
+    inputs, states = draw_inputs(family, sizes, "float64"), draw_states(family, sizes, "float64")
+    check(call(FIRST[family], inputs, states), expect(family, inputs, states), "float64")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("constants", [(0.0, -np.inf), (-30.0, -1e-6), (-1e5, -200.0)], ids=str)
 def test_constant_gates(constants, dtype, way):
