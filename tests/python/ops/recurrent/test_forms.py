@@ -137,7 +137,7 @@ def test_states_are_returned_where_they_are_asked_for(form):
 
 def test_every_operator_is_tried():
     same = {"chunk_gdn", "fused_recurrent_gdn"}
-    gates = {"fused_gdn_gate", "fused_kda_gate"}
+    gates = {"fused_additive_gate", "fused_gdn_gate", "fused_kda_gate"}
     convolutions = {"causal_conv1d", "causal_conv1d_fn", "causal_conv1d_update"}
     norms = {"rms_norm_gated"}
     scans = {"chunk_hgrn", "fused_recurrent_hgrn", "selective_scan_fn", "selective_state_update"}
