@@ -20,6 +20,13 @@ def _after_results(
     return (*gradients, *results, *tensors)
 
 
+def of_others_than_last(
+    gradients: Sequence[Any], results: Sequence[Any], tensors: Sequence[Any], _options: Options
+) -> Sequence[Any]:
+    """A `derivative_call` of rows whose last result is there for the derivative alone, and has no gradient."""
+    return (*gradients[:-1], *results, *tensors)
+
+
 @dataclass(frozen=True)
 class Operator:
     """A row of the table.

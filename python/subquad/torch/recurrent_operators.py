@@ -14,6 +14,7 @@ from subquad.torch.operator_row import (
     Operator,
     Options,
     fake_gradients,
+    of_others_than_last,
     wide,
 )
 
@@ -96,13 +97,6 @@ def _fake_recurrent_backward(tensors: Sequence[Any], options: Options) -> Any:
     return fake_gradients(options | dict(zip(("q", "k", "v"), tensors[3:], strict=True)))
 
 
-def _recurrent_call(
-    gradients: Sequence[Any], results: Sequence[Any], tensors: Sequence[Any], _options: Options
-) -> Sequence[Any]:
-    d_out, d_final_state, _ = gradients
-    return (d_out, d_final_state, *results, *tensors)
-
-
 RECURRENT_BACKWARD = Operator(
     name="recurrent_backward",
     tensors=("d_out?", "d_final_state?", "kept", "q", "k", "v"),
@@ -126,7 +120,7 @@ RECURRENT = Operator(
     fake=_fake_recurrent,
     derivative=RECURRENT_BACKWARD,
     kept=(2,),
-    derivative_call=_recurrent_call,
+    derivative_call=of_others_than_last,
     autocast=frozenset({"q", "k", "v", "a", "b"}),
     missing="",
 )

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 
 from subquad import _native
-from subquad.torch.operator_row import NO_SECOND, WRT, Operator, Options, fake_gradients, wide
+from subquad.torch.operator_row import (
+    NO_SECOND,
+    WRT,
+    Operator,
+    Options,
+    fake_gradients,
+    of_others_than_last,
+    wide,
+)
 
 
 def _selective_scan(tensors: Sequence[Any], options: Options) -> Any:
@@ -37,13 +45,6 @@ def _fake_selective_scan_backward(tensors: Sequence[Any], options: Options) -> A
     return fake_gradients(options | dict(zip(("u", "delta", "A", "B", "C"), tensors[3:], strict=True)))
 
 
-def _selective_scan_call(
-    gradients: Sequence[Any], results: Sequence[Any], tensors: Sequence[Any], _options: Options
-) -> Sequence[Any]:
-    d_out, d_last, _ = gradients
-    return (d_out, d_last, *results, *tensors)
-
-
 _OPTIONAL = ("D", "z", "delta_bias", "initial_state")
 _OTHERS = {"delta_softplus": "bool"}
 SELECTIVE_SCAN_BACKWARD = Operator(
@@ -70,7 +71,7 @@ SELECTIVE_SCAN = Operator(
     derivative=SELECTIVE_SCAN_BACKWARD,
     autocast=frozenset({"u", "delta", "B", "C", "z"}),
     kept=(2,),
-    derivative_call=_selective_scan_call,
+    derivative_call=of_others_than_last,
     missing="",
 )
 
