@@ -13,12 +13,21 @@ use std::ops::Range;
 /// Maxima that do not wait for each other.
 const CHAINS: usize = 4;
 
-/// Applies `pass` to every row of `keys`, with its number, and returns the maximum of the results.
+/// What becomes of a vector of scores.
+///
+/// No closure: those are compiled for no instruction set, unless the compiler chooses to inline them. Implementations mark
+/// [`Pass::apply`] `#[inline(always)]`.
+trait Pass<V> {
+    /// The score of row `j`.
+    fn apply(&self, s: V, j: usize) -> V;
+}
+
+/// Applies `pass` to every row of `keys`, and returns the maximum of the results.
 #[inline(always)]
 fn for_each_row<T: SimdElement, I: Isa>(
     column: &mut Column<'_, T::Acc>,
     keys: Range<usize>,
-    pass: impl Fn(T::V<I>, usize) -> T::V<I>,
+    pass: &impl Pass<T::V<I>>,
 ) -> T::V<I> {
     let mut peaks = [T::V::<I>::splat(T::Acc::NEG_INFINITY); CHAINS];
     let mut j = keys.start;
@@ -26,7 +35,7 @@ fn for_each_row<T: SimdElement, I: Isa>(
         for (i, peak) in peaks.iter_mut().enumerate() {
             if j + i < keys.end {
                 let row = &mut column.rows[(j + i) * column.stride..];
-                let s = pass(T::V::<I>::load(row), j + i);
+                let s = pass.apply(T::V::<I>::load(row), j + i);
                 s.store(row);
                 *peak = peak.max(s);
             }
@@ -36,10 +45,32 @@ fn for_each_row<T: SimdElement, I: Isa>(
     peaks[0].max(peaks[1]).max(peaks[2].max(peaks[3]))
 }
 
+struct Scale<V>(V);
+
+impl<V: Vector> Pass<V> for Scale<V> {
+    #[inline(always)]
+    fn apply(&self, s: V, _: usize) -> V {
+        s.mul(self.0)
+    }
+}
+
 /// Multiplies by `scale`; returns the maximum.
 #[inline(always)]
 pub fn scale<T: SimdElement, I: Isa>(column: &mut Column<'_, T::Acc>, keys: Range<usize>, scale: T::V<I>) -> T::V<I> {
-    for_each_row::<T, I>(column, keys, |s, _| s.mul(scale))
+    for_each_row::<T, I>(column, keys, &Scale(scale))
+}
+
+/// `height * tanh(s * scale_of_cap)`.
+struct Softcap<T: SimdElement, I: Isa> {
+    scale_of_cap: T::V<I>,
+    height: T::V<I>,
+}
+
+impl<T: SimdElement, I: Isa> Pass<T::V<I>> for Softcap<T, I> {
+    #[inline(always)]
+    fn apply(&self, s: T::V<I>, _: usize) -> T::V<I> {
+        tanh::<T, I>(s.mul(self.scale_of_cap)).mul(self.height)
+    }
 }
 
 /// `unit * cap * tanh(s * scale / cap)`, where `scale_of_cap` is `scale / cap` and `height` is `unit * cap`; returns the maximum.
@@ -60,39 +91,65 @@ pub fn softcap<T: SimdElement, I: Isa>(
             one.sub(t.mul(t)).store(&mut slopes.rows[j * slopes.stride..]);
         }
     }
-    for_each_row::<T, I>(column, keys, |s, _| tanh::<T, I>(s.mul(scale_of_cap)).mul(height))
+    for_each_row::<T, I>(column, keys, &Softcap::<T, I> { scale_of_cap, height })
 }
 
 /// A linear bias: `-slope * |position - j|` for key `j`, where `position` counts as the keys do.
 pub struct Alibi<V> {
+    /// What scores are multiplied by before.
+    pub scale: V,
     /// Fall of the scores with the distance.
     pub slope: V,
     /// The queries' places among the keys.
     pub position: V,
-    /// Whether no key is behind a query.
-    pub ahead: bool,
 }
 
-/// Multiplies by `scale` and adds a linear bias; returns the maximum.
+/// The place of key `j`.
+#[inline(always)]
+fn place<V: Vector>(j: usize) -> V {
+    V::splat(V::Elem::from_f64(j as f64))
+}
+
+impl<V: Vector> Pass<V> for Alibi<V> {
+    #[inline(always)]
+    fn apply(&self, s: V, j: usize) -> V {
+        let zero = V::splat(V::Elem::ZERO);
+        let ahead = place::<V>(j).sub(self.position);
+        // Minus the absolute value.
+        let distance = zero.sub(ahead.max(zero.sub(ahead)));
+        s.mul_add(self.scale, distance.mul(self.slope))
+    }
+}
+
+/// [`Alibi`] where no key is behind a query.
+struct Rising<V> {
+    scale: V,
+    slope: V,
+    /// The bias of key 0.
+    start: V,
+}
+
+impl<V: Vector> Pass<V> for Rising<V> {
+    #[inline(always)]
+    fn apply(&self, s: V, j: usize) -> V {
+        s.mul_add(self.scale, place::<V>(j).mul_add(self.slope, self.start))
+    }
+}
+
+/// Scales and adds a linear bias; returns the maximum. `ahead` says that no key is behind a query.
 #[inline(always)]
 pub fn alibi<T: SimdElement, I: Isa>(
     column: &mut Column<'_, T::Acc>,
     keys: Range<usize>,
-    scale: T::V<I>,
     alibi: &Alibi<T::V<I>>,
+    ahead: bool,
 ) -> T::V<I> {
-    let zero = T::V::<I>::splat(T::Acc::ZERO);
-    let key = |j: usize| T::V::<I>::splat(T::Acc::from_f64(j as f64));
-    if alibi.ahead {
-        let start = zero.sub(alibi.slope.mul(alibi.position));
-        return for_each_row::<T, I>(column, keys, |s, j| s.mul_add(scale, key(j).mul_add(alibi.slope, start)));
+    let &Alibi { scale, slope, position } = alibi;
+    if ahead {
+        let start = T::V::<I>::splat(T::Acc::ZERO).sub(slope.mul(position));
+        return for_each_row::<T, I>(column, keys, &Rising { scale, slope, start });
     }
-    for_each_row::<T, I>(column, keys, |s, j| {
-        let ahead = key(j).sub(alibi.position);
-        // Minus the absolute value.
-        let distance = zero.sub(ahead.max(zero.sub(ahead)));
-        s.mul_add(scale, distance.mul(alibi.slope))
-    })
+    for_each_row::<T, I>(column, keys, alibi)
 }
 
 /// Adds the bias of `count` keys from row `first` on, in units of `unit`; what it hides becomes `-inf`.

@@ -42,24 +42,21 @@ impl<E: Float> Filter<'_, E> {
         self.bias = args.bias.as_ref().map_or(E::ZERO, |bias| bias.get(channel, 0, 0));
     }
 
-    /// `bias + sum_j taps_j x_j` for some vectors of tokens, of which `load` gives those that belong to a tap.
+    /// `bias + sum_j taps_j x_j` for some vectors of tokens.
     #[inline(always)]
-    pub(super) fn apply<T: SimdElement<Acc = E>, I: Isa, const N: usize>(
-        &self,
-        load: impl Fn(usize) -> [T::V<I>; N],
-    ) -> [T::V<I>; N] {
+    pub(super) fn apply<T: SimdElement<Acc = E>, I: Isa, const N: usize>(&self, x: &impl Reach<T>) -> [T::V<I>; N] {
         let mut y = [T::V::<I>::splat(self.bias); N];
         // Four taps are the usual: known here, they stay in registers.
         if let &[a, b, c, d] = &*self.taps {
             for (j, tap) in [a, b, c, d].into_iter().enumerate() {
-                for (y, x) in y.iter_mut().zip(load(j)) {
+                for (y, x) in y.iter_mut().zip(x.load::<I, N>(j)) {
                     *y = x.mul_add(T::V::<I>::splat(tap), *y);
                 }
             }
             return y;
         }
         for (j, &tap) in self.taps.iter().enumerate() {
-            for (y, x) in y.iter_mut().zip(load(j)) {
+            for (y, x) in y.iter_mut().zip(x.load::<I, N>(j)) {
                 *y = x.mul_add(T::V::<I>::splat(tap), *y);
             }
         }
@@ -67,26 +64,46 @@ impl<E: Float> Filter<'_, E> {
     }
 }
 
-/// Adjacent vectors of a line of scratch.
-#[inline(always)]
-fn load_sums<T: SimdElement, I: Isa, const N: usize>(line: &[T::Acc]) -> [T::V<I>; N] {
-    let line = &line[..N * T::V::<I>::LANES];
-    let mut vectors = [T::V::<I>::load(line); N];
-    for (i, x) in vectors.iter_mut().enumerate().skip(1) {
-        *x = T::V::<I>::load(&line[i * T::V::<I>::LANES..]);
-    }
-    vectors
+/// What a filter reads, from the place of its first tap on.
+///
+/// No closure: those are compiled for no instruction set, unless the compiler chooses to inline them. Implementations mark
+/// [`Reach::load`] `#[inline(always)]`.
+pub(super) trait Reach<T: SimdElement> {
+    /// Adjacent vectors that belong to tap `j`.
+    fn load<I: Isa, const N: usize>(&self, j: usize) -> [T::V<I>; N];
 }
 
-/// Adjacent vectors of inputs.
-#[inline(always)]
-fn load_inputs<T: SimdElement, I: Isa, const N: usize>(x: &[T]) -> [T::V<I>; N] {
-    let x = &x[..N * T::V::<I>::LANES];
-    let mut vectors = [T::load::<I>(x); N];
-    for (i, vector) in vectors.iter_mut().enumerate().skip(1) {
-        *vector = T::load::<I>(&x[i * T::V::<I>::LANES..]);
+/// A line of scratch.
+pub(super) struct Staged<'x, A>(pub &'x [A]);
+
+impl<T: SimdElement> Reach<T> for Staged<'_, T::Acc> {
+    #[inline(always)]
+    fn load<I: Isa, const N: usize>(&self, j: usize) -> [T::V<I>; N] {
+        let line = &self.0[j..][..N * T::V::<I>::LANES];
+        let mut vectors = [T::V::<I>::load(line); N];
+        for (i, x) in vectors.iter_mut().enumerate().skip(1) {
+            *x = T::V::<I>::load(&line[i * T::V::<I>::LANES..]);
+        }
+        vectors
     }
-    vectors
+}
+
+/// Inputs, which may end within the only vector.
+struct InPlace<'x, T>(&'x [T]);
+
+impl<T: SimdElement> Reach<T> for InPlace<'_, T> {
+    #[inline(always)]
+    fn load<I: Isa, const N: usize>(&self, j: usize) -> [T::V<I>; N] {
+        if N == 1 {
+            return [load_padded::<T, I>(&self.0[j..]); N];
+        }
+        let x = &self.0[j..][..N * T::V::<I>::LANES];
+        let mut vectors = [T::load::<I>(x); N];
+        for (i, vector) in vectors.iter_mut().enumerate().skip(1) {
+            *vector = T::load::<I>(&x[i * T::V::<I>::LANES..]);
+        }
+        vectors
+    }
 }
 
 /// Puts what lies before token `at` of a run at the start of a line.
@@ -184,12 +201,12 @@ impl<T: SimdElement> Forward<'_, T> {
             widen::<T, I>(&x[start..end], &mut line[before..]);
             while t + together <= end {
                 tokens.request(t, together);
-                let y = filter.apply::<T, I, TOGETHER>(|j| load_sums::<T, I, TOGETHER>(&line[t - start + j..]));
+                let y = filter.apply::<T, I, TOGETHER>(&Staged(&line[t - start..]));
                 tokens.finish::<I, TOGETHER>(y, t);
                 t += together;
             }
             while t < end {
-                let y = filter.apply::<T, I, 1>(|j| load_sums::<T, I, 1>(&line[t - start + j..]));
+                let y = filter.apply::<T, I, 1>(&Staged(&line[t - start..]));
                 tokens.finish::<I, 1>(y, t);
                 t += lanes;
             }
@@ -200,12 +217,12 @@ impl<T: SimdElement> Forward<'_, T> {
         }
         while t + together <= x.len() {
             tokens.request(t, together);
-            let y = filter.apply::<T, I, TOGETHER>(|j| load_inputs::<T, I, TOGETHER>(&x[t + j - before..]));
+            let y = filter.apply::<T, I, TOGETHER>(&InPlace(&x[t - before..]));
             tokens.finish::<I, TOGETHER>(y, t);
             t += together;
         }
         while t < x.len() {
-            let y = filter.apply::<T, I, 1>(|j| [load_padded::<T, I>(&x[t + j - before..])]);
+            let y = filter.apply::<T, I, 1>(&InPlace(&x[t - before..]));
             tokens.finish::<I, 1>(y, t);
             t += lanes;
         }

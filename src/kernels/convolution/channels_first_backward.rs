@@ -1,7 +1,7 @@
 //! Gradients where tokens are contiguous: the formulas of `tokens_first_backward`, with tokens in the lanes.
 
 use super::args::{ConvArgs, ConvGradients, ConvGradientsOut, Run};
-use super::channels_first::{Filter, SPAN, stage_past};
+use super::channels_first::{Filter, SPAN, Staged, stage_past};
 use super::plan::runs_of;
 use crate::dtype::Float;
 use crate::math::load::{MAX_LANES, load_padded, store_padded, widen};
@@ -137,7 +137,7 @@ where
         while t < d_out.len() {
             let mut g = load_padded::<T, I>(&d_out[t..]);
             if args.silu {
-                let [y] = filter.apply::<T, I, 1>(|j| [T::V::<I>::load(&line.x[t + j..])]);
+                let [y] = filter.apply::<T, I, 1>(&Staged(&line.x[t..]));
                 g = g.mul(silu_slope::<T, I>(y));
             }
             g.store(&mut line.g[t..]);

@@ -106,11 +106,11 @@ impl<'a, T: SimdElement> Lanes<'a, T> {
             let position = |lane: usize| query(lane).position() - first_key as isize;
             let scale = if capped.is_some() { T::V::<I>::splat(from(1.0)) } else { scale };
             let alibi = score_pass::Alibi {
+                scale,
                 slope: score_pass::lanes::<T, I>(|lane| args.alibi_slope(&query(lane)) * unit),
                 position: score_pass::lanes::<T, I>(|lane| position(lane) as f64),
-                ahead: keys.end as isize <= position(0) + 1,
             };
-            score_pass::alibi::<T, I>(column, keys.clone(), scale, &alibi)
+            score_pass::alibi::<T, I>(column, keys.clone(), &alibi, keys.end as isize <= position(0) + 1)
         } else if let Some(peak) = capped {
             peak
         } else {
