@@ -48,6 +48,20 @@ pub unsafe fn enter_bf16(task: &impl Task, index: usize) {
     task.run::<Avx512Bf16>(index);
 }
 
+/// Words of two halves in turn.
+#[repr(C, align(64))]
+struct Words([u16; 32]);
+
+static INTERLEAVED: Words = {
+    let mut words = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        words[i] = (i / 2 + i % 2 * 16) as u16;
+        i += 1;
+    }
+    Words(words)
+};
+
 const ROUND_EVEN: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
 impl Vector for F32x16 {
@@ -385,9 +399,7 @@ impl Bf16Pairs for Avx512Bf16 {
             // Probabilities: the flush of denormals that the conversion does is below every tolerance.
             // SAFETY: as in `dot`; the conversion puts `first` in the low half and `second` in the high half.
             let halves: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(second.0, first.0));
-            let low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));
-            let high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64::<1>(halves));
-            F32x16(_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32::<16>(high))))
+            F32x16(_mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(INTERLEAVED.0.as_ptr().cast()), halves)))
         }
     }
     #[inline(always)]

@@ -1,6 +1,6 @@
 //! The ordered list of instruction sets, their detection, and the crossing into code compiled for one.
 
-use super::{Task, avx2, avx512, portable::Portable};
+use super::{Task, amx, avx2, avx512, portable::Portable};
 use std::sync::OnceLock;
 
 /// Instruction sets in ascending order: a machine that has one has all before it.
@@ -14,6 +14,8 @@ pub enum Level {
     Avx512,
     /// [`Level::Avx512`] and AVX512-BF16.
     Avx512Bf16,
+    /// [`Level::Avx512Bf16`] and AMX with BF16.
+    Amx,
 }
 
 /// The environment variable that lowers the level.
@@ -21,7 +23,7 @@ pub const ISA_VARIABLE: &str = "SUBQUAD_ISA";
 
 impl Level {
     /// Every level, ascending.
-    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+    pub const ALL: [Self; 5] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Amx];
 
     /// The name that [`Level::from_name`] accepts.
     pub fn name(self) -> &'static str {
@@ -30,6 +32,7 @@ impl Level {
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Bf16 => "avx512bf16",
+            Self::Amx => "amx",
         }
     }
 
@@ -50,6 +53,7 @@ impl Level {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
             match (avx2, avx512, avx512 && is_x86_feature_detected!("avx512bf16")) {
+                (_, _, true) if amx::is_available() => Self::Amx,
                 (_, _, true) => Self::Avx512Bf16,
                 (_, true, _) => Self::Avx512,
                 (true, ..) => Self::Avx2,
@@ -100,8 +104,11 @@ impl Level {
             Self::Avx2 => unsafe { avx2::enter(task, index) },
             // SAFETY: as above.
             Self::Avx512Bf16 if W::MULTIPLIES_BF16 => unsafe { avx512::enter_bf16(task, index) },
+            // SAFETY: as above, and `detected` asked for tiles.
+            Self::Amx if W::MULTIPLIES_TILES => unsafe { amx::enter(task, index) },
+            // Where there are tiles, cores are Intel's: see `preferred`.
             // SAFETY: as above; machines with bf16 dot products have what `enter` enables.
-            Self::Avx512 | Self::Avx512Bf16 => unsafe { avx512::enter(task, index) },
+            Self::Avx512 | Self::Avx512Bf16 | Self::Amx => unsafe { avx512::enter(task, index) },
         }
     }
 }

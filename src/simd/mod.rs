@@ -4,6 +4,7 @@
 //! for that instruction set. Everything below the crossing is `#[inline(always)]`: a function that is not would be compiled for
 //! the baseline and call every intrinsic.
 
+mod amx;
 mod avx2;
 mod avx512;
 mod element;
@@ -77,6 +78,8 @@ pub trait Isa: Copy + Send + Sync + 'static {
     const LEVEL: Level;
     /// Vector registers: bounds the accumulators of a register tile.
     const REGISTERS: usize;
+    /// Whether [`Isa::multiply_tiles`] is there.
+    const HAS_TILES: bool = false;
     /// f32 lanes.
     type F32: Vector<Elem = f32>;
     /// f64 lanes.
@@ -94,6 +97,31 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn store_bf16(v: Self::F32, dst: &mut [bf16]);
     /// Calls a routine, compiled for this instruction set.
     fn call<R: Routine>(routine: R) -> R::Output;
+    /// `sums[i][n] = sum over k of a[i][k] . b[k][n]` for 32 rows and `16 * N` columns, `N` 1 or 2, of which each row of the sums begins
+    /// `stride` elements after the last; with `add`, what they hold is added to.
+    ///
+    /// # Panics
+    /// When an operand lies beyond its slice, or the instruction set has no tiles.
+    #[inline(always)]
+    fn multiply_tiles<const N: usize>(operands: TileOperands<'_>, sums: &mut [f32], stride: usize, add: bool) {
+        let _ = (operands, sums, stride, add);
+        unreachable!("no matrix tiles");
+    }
+}
+
+/// Matrices of pairs of bf16 that are adjacent along the reduced axis; pairs travel as the bits of f32.
+#[derive(Debug, Clone, Copy)]
+pub struct TileOperands<'a> {
+    /// `[32, 16 * steps]`.
+    pub a: &'a [f32],
+    /// Elements from one row of `a` to the next.
+    pub a_stride: usize,
+    /// `[16 * steps, ..]`.
+    pub b: &'a [f32],
+    /// Elements from one row of `b` to the next.
+    pub b_stride: usize,
+    /// Pairs that are summed over, in units of 16; not 0.
+    pub steps: usize,
 }
 
 /// An instruction set with dot products of bf16 pairs. Packed pairs travel as the bits of f32 lanes.
@@ -121,6 +149,9 @@ pub trait Task {
     /// Whether it multiplies bfloat16, so that an instruction set with dot products of it makes a difference. Else nothing is compiled for
     /// that.
     const MULTIPLIES_BF16: bool;
+    /// Whether it multiplies matrix tiles where there are some. All tasks of a call must say the same: what one packs or sums, another
+    /// reads.
+    const MULTIPLIES_TILES: bool = false;
 
     /// Does piece `index` of the work with instruction set `I`.
     fn run<I: Isa>(&self, index: usize);

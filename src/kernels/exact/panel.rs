@@ -108,7 +108,8 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
             });
             if !exponential {
                 splat(T::Acc::from_f64(1.0)).store(&mut alphas[at..]);
-                let sum = probabilities::<T, I, Ready>(&mut column, keys, (splat(scale), splat(scale)), factors);
+                let sum = probabilities::<T, I, Ready>(&mut column, keys.clone(), (splat(scale), splat(scale)), factors);
+                zero_rest::<T, I>(&mut column, keys.end, K::DEPTH);
                 T::V::<I>::load(&self.l[at..]).add(sum).store(&mut self.l[at..]);
                 continue;
             }
@@ -117,10 +118,11 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
             step.m.store(&mut self.m[at..]);
             step.alpha.store(&mut alphas[at..]);
             let sum = if cut_here {
-                probabilities::<T, I, MaskedExponential>(&mut column, keys, (scale, step.base), factors)
+                probabilities::<T, I, MaskedExponential>(&mut column, keys.clone(), (scale, step.base), factors)
             } else {
-                probabilities::<T, I, Exponential>(&mut column, keys, (scale, step.base), factors)
+                probabilities::<T, I, Exponential>(&mut column, keys.clone(), (scale, step.base), factors)
             };
+            zero_rest::<T, I>(&mut column, keys.end, K::DEPTH);
             T::V::<I>::load(&self.l[at..]).mul_add(step.alpha, sum).store(&mut self.l[at..]);
         }
         if masked && !values_are_finite {
@@ -188,13 +190,14 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
         let shape = self.lanes.args.shape;
         let lanes = T::V::<I>::LANES;
         let places = self.lanes.args.places(self.lanes.segment);
+        let depth = T::Kernel::<I>::DEPTH;
         for v in 0..cut.vectors {
             for lane in v * lanes..((v + 1) * lanes).min(self.lanes.rows) {
                 for d in 0..shape.head_dim_v {
                     let mut sum = self.acc[d * K::PANEL + lane].to_f64() * alphas[lane].to_f64();
                     for j in cut.weighed(v, K::DEPTH) {
-                        let operand = probs[j / K::DEPTH * K::PANEL + lane];
-                        let p = T::Kernel::<I>::unfold(operand, j % K::DEPTH).to_f64();
+                        let operand = probs[j / depth * K::PANEL + lane];
+                        let p = T::Kernel::<I>::unfold(operand, j % depth).to_f64();
                         if p.is_sign_positive() {
                             let (batch, token) = places.place(first_key + j);
                             sum += p * self.lanes.args.v.row(batch, token, self.lanes.kv_head)[d].to_acc().to_f64();
@@ -247,5 +250,14 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
                 }
             }
         }
+    }
+}
+
+/// Zeroes the weights of what follows on `end` keys, up to a multiple of `step`.
+#[inline(always)]
+fn zero_rest<T: SimdElement, I: Isa>(column: &mut Column<'_, T::Acc>, end: usize, step: usize) {
+    let depth = T::Kernel::<I>::DEPTH;
+    for operand in end.div_ceil(depth)..end.next_multiple_of(step) / depth {
+        T::V::<I>::splat(T::Acc::ZERO).store(&mut column.rows[operand * column.stride..]);
     }
 }

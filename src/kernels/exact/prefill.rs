@@ -22,6 +22,7 @@ use super::plan::{Plan, RowTask};
 use super::{Blocking, ExactArgs, ExactOut};
 use crate::dtype::DType;
 use crate::index::Segment;
+use crate::math::matrix_tiles::MatrixTiles;
 use crate::math::tile::{HeadRows, TileKernel, VectorTiles};
 use crate::parallel::for_each_tile;
 use crate::simd::{Isa, Level, SimdElement, Task};
@@ -66,19 +67,32 @@ struct Planning<'a, T: SimdElement> {
 
 impl<T: SimdElement> Task for Planning<'_, T> {
     const MULTIPLIES_BF16: bool = matches!(T::DTYPE, DType::BF16);
+    const MULTIPLIES_TILES: bool = Self::MULTIPLIES_BF16;
 
     #[inline(always)]
     fn run<I: Isa>(&self, _index: usize) {
-        self.plan.get_or_init(|| Plan::new::<T, VectorTiles<I>>(self.args, self.blocking, self.threads));
+        let (args, blocking, threads) = (self.args, self.blocking, self.threads);
+        self.plan.get_or_init(|| {
+            if const { I::HAS_TILES && Self::MULTIPLIES_TILES } {
+                Plan::new::<T, MatrixTiles<I>>(args, blocking, threads)
+            } else {
+                Plan::new::<T, VectorTiles<I>>(args, blocking, threads)
+            }
+        });
     }
 }
 
 impl<T: SimdElement> Task for Prefill<'_, T> {
     const MULTIPLIES_BF16: bool = matches!(T::DTYPE, DType::BF16);
+    const MULTIPLIES_TILES: bool = Self::MULTIPLIES_BF16;
 
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
-        self.rows::<I, VectorTiles<I>>(self.plan.tasks[index]);
+        if const { I::HAS_TILES && Self::MULTIPLIES_TILES } {
+            self.rows::<I, MatrixTiles<I>>(self.plan.tasks[index]);
+        } else {
+            self.rows::<I, VectorTiles<I>>(self.plan.tasks[index]);
+        }
     }
 }
 
