@@ -75,7 +75,10 @@ fn tiles<T: SimdElement, I: Isa, const KEYS: usize, const ROWS: usize, const FET
     }
     // A pass of its own: within the loop, its calls would drive the sums of the tile out of the registers.
     if vectors * width < keys.0.width() {
-        let queries = query_rows.map(|row| T::V::<I>::load(&row[vectors * lanes..]));
+        let mut queries = [T::V::<I>::splat(T::Acc::ZERO); ROWS];
+        for (query, row) in queries.iter_mut().zip(query_rows) {
+            *query = T::V::<I>::load(&row[vectors * lanes..]);
+        }
         for j in (0..count).step_by(KEYS) {
             let mut sums = [[T::V::<I>::splat(T::Acc::ZERO); KEYS]; ROWS];
             for i in 0..KEYS {

@@ -20,6 +20,17 @@ pub fn load_padded<T: SimdElement, I: Isa>(src: &[T]) -> T::V<I> {
     if src.len() >= T::V::<I>::LANES { T::load::<I>(src) } else { T::load::<I>(&padded_copy::<T, MAX_LANES>(src)) }
 }
 
+/// Loads adjacent vectors.
+#[inline(always)]
+pub fn load_adjacent<V: Vector, const N: usize>(src: &[V::Elem]) -> [V; N] {
+    let src = &src[..N * V::LANES];
+    let mut vectors = [V::splat(V::Elem::ZERO); N];
+    for (i, vector) in vectors.iter_mut().enumerate() {
+        *vector = V::load(&src[i * V::LANES..]);
+    }
+    vectors
+}
+
 /// Loads adjacent operands, with zeros beyond the end of `src`.
 #[inline(always)]
 pub fn load_row<T: SimdElement, I: Isa>(src: &[T]) -> T::V<I> {

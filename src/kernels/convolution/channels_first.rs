@@ -6,7 +6,7 @@
 use super::args::{ConvArgs, ConvOut, Run};
 use super::plan::runs_of;
 use crate::dtype::Float;
-use crate::math::load::{MAX_LANES, load_padded, store_padded, widen};
+use crate::math::load::{MAX_LANES, load_adjacent, load_padded, store_padded, widen};
 use crate::math::silu::silu_each;
 use crate::simd::{Isa, SimdElement, Task, Vector, prefetch_lines, prefetch_lines_to_write};
 use crate::workspace::{Scratch, carve};
@@ -79,12 +79,7 @@ pub(super) struct Staged<'x, A>(pub &'x [A]);
 impl<T: SimdElement> Reach<T> for Staged<'_, T::Acc> {
     #[inline(always)]
     fn load<I: Isa, const N: usize>(&self, j: usize) -> [T::V<I>; N] {
-        let line = &self.0[j..][..N * T::V::<I>::LANES];
-        let mut vectors = [T::V::<I>::load(line); N];
-        for (i, x) in vectors.iter_mut().enumerate().skip(1) {
-            *x = T::V::<I>::load(&line[i * T::V::<I>::LANES..]);
-        }
-        vectors
+        load_adjacent(&self.0[j..])
     }
 }
 

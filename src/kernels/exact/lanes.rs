@@ -100,8 +100,10 @@ impl<'a, T: SimdElement> Lanes<'a, T> {
         } else {
             score_pass::lanes::<T, I>(|lane| args.scale(&query(lane)) * factor)
         };
-        let capped =
-            args.mods.softcap.map(|cap| score_pass::softcap::<T, I>(column, keys.clone(), scale, from(unit * cap), slopes));
+        let mut capped = None;
+        if let Some(cap) = args.mods.softcap {
+            capped = Some(score_pass::softcap::<T, I>(column, keys.clone(), scale, from(unit * cap), slopes));
+        }
         let peak = if args.mods.alibi_slopes.is_some() {
             let position = |lane: usize| query(lane).position() - first_key as isize;
             let scale = if capped.is_some() { T::V::<I>::splat(from(1.0)) } else { scale };

@@ -7,7 +7,7 @@ use super::rows::load;
 use super::{Decay, RecurrentArgs, RecurrentOut, Rule};
 use crate::dtype::Float;
 use crate::math::elementwise::{decays, multiply, scale};
-use crate::math::load::{MAX_LANES, store_scaled};
+use crate::math::load::{MAX_LANES, load_adjacent, store_scaled};
 use crate::math::product::row_width;
 use crate::simd::{Isa, SimdElement, Vector, Wide};
 use crate::workspace::{Scratch, carve};
@@ -167,7 +167,7 @@ fn columns<T: SimdElement, I: Isa, const N: usize>(
     let splat = T::V::<I>::splat;
     let zero = splat(T::Acc::ZERO);
     let head_dim = args.shape.head_dim;
-    let mut written: [_; N] = std::array::from_fn(|v| T::V::<I>::load(&token.value[first + v * lanes..]));
+    let mut written: [T::V<I>; N] = load_adjacent(&token.value[first..]);
     let mut read = [zero; N];
     if !matches!(args.rule, Rule::Additive(_)) {
         for (row, &reader) in state.chunks(stride).zip(&token.reader[..head_dim]) {

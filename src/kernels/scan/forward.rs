@@ -4,6 +4,7 @@ use super::args::{SelectiveArgs, SelectiveOut};
 use super::block::{Block, Blocks, Parameters, Reader, Sizes, factor, read_channels, read_factors, settle, write_channel};
 use super::plane::CHUNK;
 use crate::math::activation::sigmoid;
+use crate::math::load::load_adjacent;
 use crate::simd::{Isa, SimdElement, Task, Vector, Wide};
 use crate::workspace::{Scratch, carve};
 
@@ -143,8 +144,8 @@ fn scan<E: Wide, I: Isa, const N: usize, const GROWS: bool>(
     y: &mut [E],
 ) -> usize {
     let lanes = E::V::<I>::LANES;
-    let a: [_; N] = std::array::from_fn(|i| E::V::<I>::load(&a[i * lanes..]));
-    let mut h: [_; N] = std::array::from_fn(|i| E::V::<I>::load(&state[i * lanes..]));
+    let a: [E::V<I>; N] = load_adjacent(a);
+    let mut h: [E::V<I>; N] = load_adjacent(state);
     let mut t = 0;
     while t < y.len() {
         let (delta, input) = (E::V::<I>::load(&delta[t..]), E::V::<I>::load(&inputs[t..]));
