@@ -135,19 +135,27 @@ impl<T: SimdElement, I: Isa> TileKernel<T> for MatrixTiles<I> {
         let pairs = head_dim.div_ceil(2);
         let (stride, panel, skip) = (stride::<T, I>(pairs), TILES * TILE, vectors.start * TILE);
         let mut highest = [T::V::<I>::splat(T::Acc::NEG_INFINITY); TILES];
-        for j in keys.clone().step_by(STEP) {
-            let sums = &mut scores[j * panel + skip..];
-            if pairs == 0 {
-                sums[..(STEP - 1) * panel + vectors.len() * TILE].fill(T::Acc::ZERO);
-            } else {
-                let packed_keys = (&packed_keys[j * stride..], stride);
-                multiply::<T, I>(vectors.len(), packed_keys, (&queries[skip..], pairs.div_ceil(TILE)), sums, false);
-            }
-            for row in sums.chunks(panel).take(keys.end - j) {
-                for (v, highest) in highest.iter_mut().enumerate().take(vectors.len()) {
-                    *highest = highest.max(T::V::<I>::load(&row[v * TILE..]));
+        // Maxima are a step late: what a tile has just stored is not in the cache yet.
+        let mut j = keys.start;
+        while j < keys.end + STEP {
+            if j < keys.end {
+                let sums = &mut scores[j * panel + skip..];
+                if pairs == 0 {
+                    sums[..(STEP - 1) * panel + vectors.len() * TILE].fill(T::Acc::ZERO);
+                } else {
+                    let packed_keys = (&packed_keys[j * stride..], stride);
+                    multiply::<T, I>(vectors.len(), packed_keys, (&queries[skip..], pairs.div_ceil(TILE)), sums, false);
                 }
             }
+            if j > keys.start {
+                let stored = j - STEP..keys.end.min(j);
+                for row in scores[stored.start * panel + skip..].chunks(panel).take(stored.len()) {
+                    for (v, highest) in highest.iter_mut().enumerate().take(vectors.len()) {
+                        *highest = highest.max(T::V::<I>::load(&row[v * TILE..]));
+                    }
+                }
+            }
+            j += STEP;
         }
         for (v, highest) in highest.into_iter().enumerate().take(vectors.len()) {
             let peak = &mut peaks[skip + v * TILE..];
@@ -171,7 +179,9 @@ impl<T: SimdElement, I: Isa> TileKernel<T> for MatrixTiles<I> {
         let probs = (&probs[first * panel + skip..], keys.len().div_ceil(STEP));
         for d in (0..height).step_by(STEP) {
             let sums = &mut acc[d * panel + skip..];
-            if let Some(alpha) = alpha {
+            if let Some(alpha) =
+                alpha.filter(|alpha| alpha[skip..][..vectors.len() * TILE].iter().any(|&alpha| alpha != T::Acc::from_f64(1.0)))
+            {
                 for row in sums.chunks_mut(panel).take(STEP) {
                     for v in 0..vectors.len() {
                         let (row, alpha) = (&mut row[v * TILE..], &alpha[skip + v * TILE..]);
