@@ -3,7 +3,7 @@
 | variable | meaning | default |
 | --- | --- | --- |
 | `SUBQUAD_NUM_THREADS` | threads of a call | PyTorch's when it is loaded, else the processors the process may use |
-| `SUBQUAD_ISA` | `scalar`, `avx2`, `avx512`, `avx512bf16`; at most the machine's | the fastest |
+| `SUBQUAD_ISA` | `scalar`, `avx2`, `avx512`, `avx512bf16`, `amx`; at most the machine's | the fastest |
 | `SUBQUAD_BLOCK_Q`, `SUBQUAD_BLOCK_K` | block sizes, for tests | from the shape |
 
 Each is read once, at the first call that needs it.

@@ -46,9 +46,9 @@ fn multiply<T: SimdElement, I: Isa>(
     let operands = TileOperands { a: bytemuck::cast_slice(a), a_stride, b: bytemuck::cast_slice(b), b_stride: panel, steps };
     let sums = bytemuck::cast_slice_mut(sums);
     if tiles == 1 {
-        I::multiply_tiles::<1>(operands, sums, panel, add);
+        I::multiply_tiles::<2, 1>(operands, sums, panel, add);
     } else {
-        I::multiply_tiles::<2>(operands, sums, panel, add);
+        I::multiply_tiles::<2, 2>(operands, sums, panel, add);
     }
 }
 

@@ -15,5 +15,6 @@ pub mod score_pass;
 pub mod silu;
 pub mod tanh;
 pub mod tile;
+pub mod tile_product;
 pub mod triangular;
 pub mod weigh;

@@ -1,7 +1,8 @@
 //! Sums of products of small matrices, outputs in the lanes.
 
 use super::load::MAX_LANES;
-use crate::dtype::Float;
+use super::tile_product;
+use crate::dtype::{DType, Float};
 use crate::simd::{Isa, Routine, SimdElement, Vector, tile};
 
 /// Rows of [`add_product`] come in multiples of this.
@@ -48,10 +49,10 @@ impl<'a, E> Rows<'a, E> {
 pub fn add_product<T: SimdElement, I: Isa>(
     factors: Factors<'_, T::Acc>,
     matrix: Rows<'_, T::Acc>,
-    sums: (&mut [T::Acc], usize),
+    (sums, stride): (&mut [T::Acc], usize),
     size: [usize; 3],
 ) {
-    I::call(Product::<T> { start: Start::Sums, factors, matrix, sums, size });
+    I::call(Product::<T> { start: Start::Sums, matrix, stride, results: &mut [(factors, sums)], size });
 }
 
 /// As [`add_product`], in the place of the sums, and as if all were finite.
@@ -59,11 +60,14 @@ pub fn add_product<T: SimdElement, I: Isa>(
 pub fn set_product<T: SimdElement, I: Isa>(
     factors: Factors<'_, T::Acc>,
     matrix: Rows<'_, T::Acc>,
-    sums: (&mut [T::Acc], usize),
+    (sums, stride): (&mut [T::Acc], usize),
     size: [usize; 3],
 ) {
-    I::call(Product::<T> { start: Start::Zeros, factors, matrix, sums, size });
+    I::call(Product::<T> { start: Start::Zeros, matrix, stride, results: &mut [(factors, sums)], size });
 }
+
+/// Factors, and sums of their products.
+pub type Pair<'a, 's, E> = (Factors<'a, E>, &'s mut [E]);
 
 /// What sums begin with.
 #[derive(Clone, Copy)]
@@ -81,7 +85,7 @@ pub enum Start<'a, E> {
 impl<E> Start<'_, E> {
     /// For the block that begins with a row, at an element.
     #[inline(always)]
-    fn at(self, row: usize, element: usize) -> Self {
+    pub(super) fn at(self, row: usize, element: usize) -> Self {
         match self {
             Self::Faded(fades) => Self::Faded(&fades[row..]),
             Self::FadedFrom(fades, from) => Self::FadedFrom(&fades[row..], &from[element..]),
@@ -90,47 +94,56 @@ impl<E> Start<'_, E> {
     }
 }
 
-/// `sums[i][n] = start[i][n] + sum over k < depth of factors[i][k] * matrix[k][n]`, in order of `k`.
-pub struct Product<'a, T: SimdElement> {
+/// `sums[i][n] = start[i][n] + sum over k < depth of factors[i][k] * matrix[k][n]`, in order of `k`, for one or several pairs of factors and
+/// sums.
+pub struct Product<'a, 's, T: SimdElement> {
     /// What is added to. If not to sums, all of the matrix counts as finite.
     pub start: Start<'a, T::Acc>,
-    /// `[rows, depth]`.
-    pub factors: Factors<'a, T::Acc>,
     /// `[depth, width]`.
     pub matrix: Rows<'a, T::Acc>,
-    /// `[rows, width]`, and elements from one row to the next.
-    pub sums: (&'a mut [T::Acc], usize),
+    /// Factors, `[rows, depth]`, and sums, `[rows, width]`.
+    pub results: &'a mut [Pair<'a, 's, T::Acc>],
+    /// Elements from one row of sums to the next.
+    pub stride: usize,
     /// Rows, a multiple of [`ROW_STEP`], depth, and width, see [`row_width`].
     pub size: [usize; 3],
 }
 
-impl<T: SimdElement> Routine for Product<'_, T> {
+impl<T: SimdElement> Routine for Product<'_, '_, T> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let Self { start, factors, matrix, sums: (sums, stride), size: [rows, depth, width] } = self;
-        if !matrix.finite && matches!(start, Start::Sums) {
-            add_seen::<T, I>(factors, matrix, (sums, stride), [rows, depth, width]);
+        let Self { start, matrix, results, stride, size } = self;
+        if const { I::HAS_TILES && matches!(T::DTYPE, DType::F32) } && tile_product::takes::<T>(results, &matrix, size) {
+            tile_product::multiply::<T, I>(start, matrix, results, stride, size);
             return;
         }
-        let lanes = T::V::<I>::LANES;
+        if !matrix.finite && matches!(start, Start::Sums) {
+            for (factors, sums) in results {
+                add_seen::<T, I>(*factors, matrix, (sums, stride), size);
+            }
+            return;
+        }
+        let ([rows, depth, width], lanes) = (size, T::V::<I>::LANES);
         let mut n = 0;
         while n < width {
             // Two vectors of all rows of the matrix stay in L1 while the rows of the factors take turns.
             let columns = Rows { data: matrix.data.get(n..).unwrap_or_default(), ..matrix };
             let two = n + 2 * lanes <= width;
-            let mut i = 0;
-            while i < rows {
-                let factors = Factors { data: &factors.data[i * factors.row..], ..factors };
-                let start = start.at(i, i * stride + n);
-                let sums = (&mut sums[i * stride + n..], stride);
-                i += match (I::REGISTERS >= 32 && i + 2 * ROW_STEP <= rows, two) {
-                    (true, true) => block::<T, I, { 2 * ROW_STEP }, 2>(start, factors, columns, sums, depth),
-                    (true, false) => block::<T, I, { 2 * ROW_STEP }, 1>(start, factors, columns, sums, depth),
-                    (false, true) => block::<T, I, ROW_STEP, 2>(start, factors, columns, sums, depth),
-                    (false, false) => block::<T, I, ROW_STEP, 1>(start, factors, columns, sums, depth),
-                };
+            for (factors, sums) in &mut *results {
+                let mut i = 0;
+                while i < rows {
+                    let factors = Factors { data: &factors.data[i * factors.row..], ..*factors };
+                    let start = start.at(i, i * stride + n);
+                    let sums = (&mut sums[i * stride + n..], stride);
+                    i += match (I::REGISTERS >= 32 && i + 2 * ROW_STEP <= rows, two) {
+                        (true, true) => block::<T, I, { 2 * ROW_STEP }, 2>(start, factors, columns, sums, depth),
+                        (true, false) => block::<T, I, { 2 * ROW_STEP }, 1>(start, factors, columns, sums, depth),
+                        (false, true) => block::<T, I, ROW_STEP, 2>(start, factors, columns, sums, depth),
+                        (false, false) => block::<T, I, ROW_STEP, 1>(start, factors, columns, sums, depth),
+                    };
+                }
             }
             n += if two { 2 * lanes } else { lanes };
         }

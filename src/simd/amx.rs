@@ -5,7 +5,7 @@
 #![expect(unsafe_code, reason = "instructions that have no intrinsics yet")]
 
 use super::avx512::{Avx512Bf16, F32x16, F64x8};
-use super::{Isa, Level, PairDot, Routine, Task, TileOperands, Vector};
+use super::{Isa, Level, PairDot, Routine, Task, TileOperands};
 use half::{bf16, f16};
 use std::arch::{asm, x86_64};
 use std::sync::OnceLock;
@@ -101,6 +101,44 @@ pub unsafe fn enter(task: &impl Task, index: usize) {
     task.run::<Amx>(index);
 }
 
+/// One loop over the operands of tiles `[number row offset]` of sums, each step of which is `step`. Nothing else uses tiles, and none
+/// holds a value between two of these.
+macro_rules! multiply {
+    ($operands:expr, $sums:expr, $stride:expr, $add:expr; [$($tile:literal $row:literal $offset:literal),*] [$($step:literal),*]) => {{
+        let (TileOperands { a, a_stride, b, b_stride, steps }, bytes) = ($operands, size_of::<f32>());
+        let (a, sums) = (a.as_ptr(), $sums.as_mut_ptr());
+        asm!(
+            "/* {a_low} {c_low} */",
+            "test {add:e}, {add:e}",
+            "jz 2f",
+            $(concat!("tileloadd tmm", $tile, ", [{", $row, "} + {c_row} ", $offset, "]"),)*
+            "jmp 3f",
+            "2:",
+            $(concat!("tilezero tmm", $tile),)*
+            "3:",
+            $($step,)*
+            "add {a}, 64",
+            "add {a_low}, 64",
+            "add {b}, {b_step}",
+            "dec {steps}",
+            "jnz 3b",
+            $(concat!("tilestored [{", $row, "} + {c_row} ", $offset, "], tmm", $tile),)*
+            add = in(reg) u32::from($add),
+            a = inout(reg) a => _,
+            a_low = inout(reg) a.wrapping_add(ROWS * a_stride) => _,
+            a_row = in(reg) a_stride * bytes,
+            b = inout(reg) b.as_ptr() => _,
+            b_row = in(reg) b_stride * bytes,
+            b_step = in(reg) ROWS * b_stride * bytes,
+            c = in(reg) sums,
+            c_low = in(reg) sums.wrapping_add(ROWS * $stride),
+            c_row = in(reg) $stride * bytes,
+            steps = inout(reg) steps => _,
+            options(nostack),
+        )
+    }};
+}
+
 #[inline(never)]
 #[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,f16c")]
 fn call<R: Routine>(routine: R) -> R::Output {
@@ -137,98 +175,39 @@ impl Isa for Amx {
         unsafe { call(routine) }
     }
     #[inline(always)]
-    fn multiply_tiles<const N: usize>(operands: TileOperands<'_>, sums: &mut [f32], stride: usize, add: bool) {
+    fn multiply_tiles<const M: usize, const N: usize>(operands: TileOperands<'_>, sums: &mut [f32], stride: usize, add: bool) {
         let TileOperands { a, a_stride, b, b_stride, steps } = operands;
-        let (rows, width) = (2 * ROWS, N * F32x16::LANES);
+        let (rows, width) = (M * ROWS, N * COLUMNS);
         assert!(steps > 0 && (rows - 1) * a_stride + steps * COLUMNS <= a.len(), "multiply_tiles: `a` is too short");
         assert!((steps * ROWS - 1) * b_stride + width <= b.len(), "multiply_tiles: `b` is too short");
         assert!((rows - 1) * stride + width <= sums.len(), "multiply_tiles: `sums` is too short");
-        let bytes = size_of::<f32>();
-        let (a, sums) = (a.as_ptr(), sums.as_mut_ptr());
-        // SAFETY: the assertions above; this runs below `enter`, which configured whole tiles. Nothing else uses tiles, and none holds a
-        // value between two of these.
+        // SAFETY: the assertions above; this runs below `enter`, which configured whole tiles.
         unsafe {
-            match N {
-                1 => asm!(
-                    "test {add:e}, {add:e}",
-                    "jz 2f",
-                    "tileloadd tmm0, [{c} + {c_row}]",
-                    "tileloadd tmm2, [{c_low} + {c_row}]",
-                    "jmp 3f",
-                    "2:",
-                    "tilezero tmm0",
-                    "tilezero tmm2",
-                    "3:",
-                    "tileloadd tmm6, [{b} + {b_row}]",
-                    "tileloadd tmm4, [{a} + {a_row}]",
-                    "tileloadd tmm5, [{a_low} + {a_row}]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tdpbf16ps tmm2, tmm5, tmm6",
-                    "add {a}, 64",
-                    "add {a_low}, 64",
-                    "add {b}, {b_step}",
-                    "dec {steps}",
-                    "jnz 3b",
-                    "tilestored [{c} + {c_row}], tmm0",
-                    "tilestored [{c_low} + {c_row}], tmm2",
-                    add = in(reg) u32::from(add),
-                    a = inout(reg) a => _,
-                    a_low = inout(reg) a.wrapping_add(ROWS * a_stride) => _,
-                    a_row = in(reg) a_stride * bytes,
-                    b = inout(reg) b.as_ptr() => _,
-                    b_row = in(reg) b_stride * bytes,
-                    b_step = in(reg) ROWS * b_stride * bytes,
-                    c = in(reg) sums,
-                    c_low = in(reg) sums.wrapping_add(ROWS * stride),
-                    c_row = in(reg) stride * bytes,
-                    steps = inout(reg) steps => _,
-                    options(nostack),
-                ),
-                2 => asm!(
-                    "test {add:e}, {add:e}",
-                    "jz 2f",
-                    "tileloadd tmm0, [{c} + {c_row}]",
-                    "tileloadd tmm1, [{c} + {c_row} + 64]",
-                    "tileloadd tmm2, [{c_low} + {c_row}]",
-                    "tileloadd tmm3, [{c_low} + {c_row} + 64]",
-                    "jmp 3f",
-                    "2:",
-                    "tilezero tmm0",
-                    "tilezero tmm1",
-                    "tilezero tmm2",
-                    "tilezero tmm3",
-                    "3:",
-                    "tileloadd tmm6, [{b} + {b_row}]",
-                    "tileloadd tmm4, [{a} + {a_row}]",
-                    "tileloadd tmm5, [{a_low} + {a_row}]",
+            match (M, N) {
+                (1, 1) => multiply!(operands, sums, stride, add;
+                    [0 "c" ""]
+                    ["tileloadd tmm6, [{b} + {b_row}]", "tileloadd tmm4, [{a} + {a_row}]", "tdpbf16ps tmm0, tmm4, tmm6"]),
+                (1, 2) => multiply!(operands, sums, stride, add;
+                [0 "c" "", 1 "c" "+ 64"]
+                [
+                    "tileloadd tmm4, [{a} + {a_row}]", "tileloadd tmm6, [{b} + {b_row}]", "tileloadd tmm7, [{b} + {b_row} + 64]",
+                    "tdpbf16ps tmm0, tmm4, tmm6", "tdpbf16ps tmm1, tmm4, tmm7"
+                ]),
+                (2, 1) => multiply!(operands, sums, stride, add;
+                [0 "c" "", 2 "c_low" ""]
+                [
+                    "tileloadd tmm6, [{b} + {b_row}]", "tileloadd tmm4, [{a} + {a_row}]", "tileloadd tmm5, [{a_low} + {a_row}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6", "tdpbf16ps tmm2, tmm5, tmm6"
+                ]),
+                (2, 2) => multiply!(operands, sums, stride, add;
+                [0 "c" "", 1 "c" "+ 64", 2 "c_low" "", 3 "c_low" "+ 64"]
+                [
+                    "tileloadd tmm6, [{b} + {b_row}]", "tileloadd tmm4, [{a} + {a_row}]", "tileloadd tmm5, [{a_low} + {a_row}]",
                     "tileloadd tmm7, [{b} + {b_row} + 64]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tdpbf16ps tmm2, tmm5, tmm6",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    "tdpbf16ps tmm3, tmm5, tmm7",
-                    "add {a}, 64",
-                    "add {a_low}, 64",
-                    "add {b}, {b_step}",
-                    "dec {steps}",
-                    "jnz 3b",
-                    "tilestored [{c} + {c_row}], tmm0",
-                    "tilestored [{c} + {c_row} + 64], tmm1",
-                    "tilestored [{c_low} + {c_row}], tmm2",
-                    "tilestored [{c_low} + {c_row} + 64], tmm3",
-                    add = in(reg) u32::from(add),
-                    a = inout(reg) a => _,
-                    a_low = inout(reg) a.wrapping_add(ROWS * a_stride) => _,
-                    a_row = in(reg) a_stride * bytes,
-                    b = inout(reg) b.as_ptr() => _,
-                    b_row = in(reg) b_stride * bytes,
-                    b_step = in(reg) ROWS * b_stride * bytes,
-                    c = in(reg) sums,
-                    c_low = in(reg) sums.wrapping_add(ROWS * stride),
-                    c_row = in(reg) stride * bytes,
-                    steps = inout(reg) steps => _,
-                    options(nostack),
-                ),
-                _ => unreachable!("{N} tiles in a row"),
+                    "tdpbf16ps tmm0, tmm4, tmm6", "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7", "tdpbf16ps tmm3, tmm5, tmm7"
+                ]),
+                _ => unreachable!("{M} by {N} tiles"),
             }
         }
     }

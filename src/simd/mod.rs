@@ -97,13 +97,13 @@ pub trait Isa: Copy + Send + Sync + 'static {
     fn store_bf16(v: Self::F32, dst: &mut [bf16]);
     /// Calls a routine, compiled for this instruction set.
     fn call<R: Routine>(routine: R) -> R::Output;
-    /// `sums[i][n] = sum over k of a[i][k] . b[k][n]` for 32 rows and `16 * N` columns, `N` 1 or 2, of which each row of the sums begins
-    /// `stride` elements after the last; with `add`, what they hold is added to.
+    /// `sums[i][n] = sum over k of a[i][k] . b[k][n]` for `16 * M` rows and `16 * N` columns, `M` and `N` 1 or 2; each row of the sums
+    /// begins `stride` elements after the last. With `add`, what they hold is added to.
     ///
     /// # Panics
     /// When an operand lies beyond its slice, or the instruction set has no tiles.
     #[inline(always)]
-    fn multiply_tiles<const N: usize>(operands: TileOperands<'_>, sums: &mut [f32], stride: usize, add: bool) {
+    fn multiply_tiles<const M: usize, const N: usize>(operands: TileOperands<'_>, sums: &mut [f32], stride: usize, add: bool) {
         let _ = (operands, sums, stride, add);
         unreachable!("no matrix tiles");
     }
@@ -112,11 +112,11 @@ pub trait Isa: Copy + Send + Sync + 'static {
 /// Matrices of pairs of bf16 that are adjacent along the reduced axis; pairs travel as the bits of f32.
 #[derive(Debug, Clone, Copy)]
 pub struct TileOperands<'a> {
-    /// `[32, 16 * steps]`.
+    /// `[16 * M, 16 * steps]`.
     pub a: &'a [f32],
     /// Elements from one row of `a` to the next.
     pub a_stride: usize,
-    /// `[16 * steps, ..]`.
+    /// `[16 * steps, 16 * N]`.
     pub b: &'a [f32],
     /// Elements from one row of `b` to the next.
     pub b_stride: usize,
@@ -149,8 +149,8 @@ pub trait Task {
     /// Whether it multiplies bfloat16, so that an instruction set with dot products of it makes a difference. Else nothing is compiled for
     /// that.
     const MULTIPLIES_BF16: bool;
-    /// Whether it multiplies matrix tiles where there are some. All tasks of a call must say the same: what one packs or sums, another
-    /// reads.
+    /// Whether it multiplies matrix tiles where there are some, so that operands of its products may be rounded to bf16. All tasks of a
+    /// call must say the same: what one packs or sums, another reads.
     const MULTIPLIES_TILES: bool = false;
 
     /// Does piece `index` of the work with instruction set `I`.

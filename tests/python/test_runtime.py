@@ -80,8 +80,8 @@ CALL = """
         ("SUBQUAD_NUM_THREADS", "1.5", "an integer from 1 to 1024"),
         ("SUBQUAD_NUM_THREADS", "-2", "an integer from 1 to 1024"),
         ("SUBQUAD_NUM_THREADS", "99999999999999999999999", "an integer from 1 to 1024"),
-        ("SUBQUAD_ISA", "sse9", "one of scalar, avx2, avx512, avx512bf16"),
-        ("SUBQUAD_ISA", "AVX2", "one of scalar, avx2, avx512, avx512bf16"),
+        ("SUBQUAD_ISA", "sse9", "one of scalar, avx2, avx512, avx512bf16, amx"),
+        ("SUBQUAD_ISA", "AVX2", "one of scalar, avx2, avx512, avx512bf16, amx"),
         ("SUBQUAD_BLOCK_Q", "0", "an integer from 1 to 4096"),
         ("SUBQUAD_BLOCK_K", "x", "an integer from 1 to 4096"),
     ],
@@ -106,7 +106,7 @@ def test_the_level_may_only_be_lowered(run_python, levels):
     code = "import subquad; print(subquad._native.config()['level'])"
     for level in levels:
         assert run_python(code, SUBQUAD_ISA=level) == f"{level}\n"
-    assert run_python(code, SUBQUAD_ISA="avx512bf16") == f"{levels[-1]}\n"
+    assert run_python(code, SUBQUAD_ISA="amx") == f"{levels[-1]}\n"
 
 
 def test_show_config(capsys, levels):

@@ -301,11 +301,12 @@ fn of_readers<T: SimdElement, I: Isa>(
     through_state::<T, I>(head, state, read, (work.read, work.columns), &mut work.d_lefts);
     let mut start = Start::Faded(chunk.alpha);
     for (left, read) in chunk.lefts.iter().zip(read) {
+        let factors = Factors { data: left.rows, row: 1, step: stride };
         I::call(Product::<T::Acc> {
             start: std::mem::replace(&mut start, Start::Sums),
-            factors: Factors { data: left.rows, row: 1, step: stride },
             matrix: Rows::new(read, stride_v),
-            sums: (&mut *d_state, stride_v),
+            results: &mut [(factors, &mut *d_state)],
+            stride: stride_v,
             size: [head.args.shape.head_dim.next_multiple_of(ROW_STEP), rows, width_v],
         });
     }

@@ -11,7 +11,7 @@ use super::head::{Chunk, Head, chunk_len};
 use super::pairs::Size;
 use super::rows::HeadRows;
 use super::{MOST_HEADS, Numbers, RecurrentArgs, Rule, TASKS_PER_THREAD};
-use crate::dtype::{Element, Float};
+use crate::dtype::{DType, Element, Float};
 use crate::parallel::{RowWriter, for_each_tile};
 use crate::simd::{Isa, Level, SimdElement, Task, Wide};
 use crate::tensor::Tensor;
@@ -92,6 +92,7 @@ where
     T::Acc: Wide,
 {
     const MULTIPLIES_BF16: bool = false;
+    const MULTIPLIES_TILES: bool = matches!(T::DTYPE, DType::BF16);
 
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {

@@ -48,7 +48,7 @@ pub fn run<T: SimdElement, I: Isa>(
             if let Some(kept) = &out.kept {
                 head.keep::<I>(&work, kept);
             }
-            output::<T, I>(&head, state, &mut work, out);
+            output::<T, I>(&head, &mut work, out);
             head.update::<I>(&work, state);
         }
     }
@@ -57,14 +57,13 @@ pub fn run<T: SimdElement, I: Isa>(
     }
 }
 
-/// Writes the outputs.
+/// Writes the outputs, from what queries read of the state.
 #[inline(always)]
-fn output<T: SimdElement, I: Isa>(head: &Head<'_, T>, state: &[T::Acc], work: &mut Chunk<'_, T::Acc>, out: &RecurrentOut<'_, T>)
+fn output<T: SimdElement, I: Isa>(head: &Head<'_, T>, work: &mut Chunk<'_, T::Acc>, out: &RecurrentOut<'_, T>)
 where
     T::Acc: Wide,
 {
     let queries = &work.lefts[0];
-    head.read::<I>(state, queries.rows, work.sums);
     head.add_met::<I>(queries.products[0], work.written, work.sums);
     if work.counts[1] > 1 {
         head.add_met::<I>(queries.products[1], work.extra, work.sums);

@@ -6,7 +6,7 @@ use super::{Decay, Numbers, RecurrentArgs, Rule, Sequence};
 use crate::dtype::Float;
 use crate::math::elementwise::{are_finite, multiply, scale, subtract_and_scale};
 use crate::math::load::{MAX_LANES, store_scaled};
-use crate::math::product::{Factors, Product, ROW_STEP, Rows, Start, add_product, row_width, set_product};
+use crate::math::product::{Factors, Product, ROW_STEP, Rows, Start, add_product, row_width};
 use crate::math::triangular::substitute;
 use crate::parallel::RowWriter;
 use crate::simd::{Isa, SimdElement, Wide};
@@ -214,20 +214,20 @@ where
         I::call(Fade { size: self.size, gates, lefts, rights, scratch: &mut work.scratch, alpha: work.alpha });
     }
 
-    /// Finds what is written, from the values and what is read of the state.
+    /// Finds what is written, from the values and what is read of the state; leaves what queries read of that in `sums`.
     #[inline(always)]
     pub fn solve<I: Isa>(&self, state: &[T::Acc], work: &mut Chunk<'_, T::Acc>) {
         let (Size { rows, chunk, .. }, stride_v, width_v) = (self.size, self.stride_v, self.width_v);
+        self.read::<I>(state, work);
         match &self.args.rule {
             Rule::Additive(None) => {}
             Rule::Additive(Some(_)) => self.scale_rows::<I>(work.written, &work.betas),
             Rule::Delta(_) => {
-                self.read::<I>(state, work.lefts[1].rows, work.sums);
                 for i in 0..rows {
                     let at = i * stride_v..i * stride_v + width_v;
-                    let (value, read) = (&mut work.extra[at.clone()], &work.sums[at.clone()]);
-                    value.copy_from_slice(&work.written[at]);
+                    let (value, read) = (&mut work.written[at.clone()], &mut work.extra[at]);
                     subtract_and_scale::<T::Acc, I>(value, read, T::Acc::from_f64(1.0));
+                    read.copy_from_slice(value);
                     let system = &mut work.system[i * chunk..][..rows];
                     system.copy_from_slice(&work.lefts[1].products[0][i * chunk..][..rows]);
                     multiply::<T::Acc, I>(system, &work.betas[..rows]);
@@ -238,7 +238,6 @@ where
                 self.scale_rows::<I>(work.written, &work.betas);
             }
             Rule::LowRank { .. } => {
-                self.read::<I>(state, work.lefts[1].rows, work.extra);
                 self.add_met::<I>(work.lefts[1].products[0], work.written, work.extra);
                 substitute::<T::Acc, I>((work.lefts[1].products[1], chunk), (work.extra, stride_v), [rows, width_v]);
             }
@@ -305,11 +304,12 @@ where
     #[inline(always)]
     fn write<I: Isa>(&self, work: &Chunk<'_, T::Acc>, mut start: Start<'_, T::Acc>, state: &mut [T::Acc]) {
         for (right, written) in work.rights[..work.counts[1]].iter().zip([&*work.written, &*work.extra]) {
+            let factors = Factors { data: right.columns, row: self.size.chunk, step: 1 };
             I::call(Product::<T::Acc> {
                 start: std::mem::replace(&mut start, Start::Sums),
-                factors: Factors { data: right.columns, row: self.size.chunk, step: 1 },
                 matrix: Rows::new(written, self.stride_v),
-                sums: (&mut *state, self.stride_v),
+                results: &mut [(factors, &mut *state)],
+                stride: self.stride_v,
                 size: [self.args.shape.head_dim.next_multiple_of(ROW_STEP), self.size.rows, self.width_v],
             });
         }
@@ -401,13 +401,18 @@ where
         std::array::from_fn(|i| if i < self.count { one(i) } else { T::Acc::ZERO })
     }
 
-    /// What faded rows read of the state.
+    /// What the faded queries read of the state, into `sums`, and what else reads, into `extra`.
     #[inline(always)]
-    pub fn read<I: Isa>(&self, state: &[T::Acc], left: &[T::Acc], into: &mut [T::Acc]) {
+    fn read<I: Isa>(&self, state: &[T::Acc], work: &mut Chunk<'_, T::Acc>) {
         let Size { rows, stride, .. } = self.size;
-        let factors = Factors { data: left, row: stride, step: 1 };
-        let state = Rows::new(state, self.stride_v);
-        set_product::<T::Acc, I>(factors, state, (into, self.stride_v), [rows, self.args.shape.head_dim, self.width_v]);
+        let [queries, readers] = work.lefts.each_ref().map(|left| Factors { data: &*left.rows, row: stride, step: 1 });
+        I::call(Product::<T::Acc> {
+            start: Start::Zeros,
+            matrix: Rows::new(state, self.stride_v),
+            results: &mut [(queries, &mut *work.sums), (readers, &mut *work.extra)][..work.counts[0]],
+            stride: self.stride_v,
+            size: [rows, self.args.shape.head_dim, self.width_v],
+        });
     }
 
     /// Adds what rows meet of what is written in the chunk.

@@ -45,7 +45,7 @@ pub use args::{Decay, Numbers, RecurrentArgs, RecurrentShape, Rule, Sequence};
 pub use head::{BLOCK, MAX_CHUNK};
 pub use states::States;
 
-use crate::dtype::Element;
+use crate::dtype::{DType, Element};
 use crate::parallel::{RowWriter, for_each_tile};
 use crate::simd::{Isa, Level, SimdElement, Task, Wide};
 
@@ -98,6 +98,7 @@ where
     T::Acc: Wide,
 {
     const MULTIPLIES_BF16: bool = false;
+    const MULTIPLIES_TILES: bool = matches!(T::DTYPE, DType::BF16);
 
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {

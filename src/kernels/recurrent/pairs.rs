@@ -128,13 +128,15 @@ fn by_step<E: Wide, I: Isa>(
     for right in rights.iter_mut() {
         transpose::<E, I>((right.rows, stride), (right.columns, chunk), [rows, width]);
     }
+    // Tiles form more products than are met in the time that packing takes twice.
+    let block = if I::HAS_TILES { rows } else { BLOCK };
     for left in lefts.iter_mut() {
         for (products, right) in left.products.iter_mut().zip(rights.iter()) {
-            for first in (0..rows).step_by(BLOCK) {
+            for first in (0..rows).step_by(block) {
                 let products = &mut products[first * chunk..];
                 let factors = Factors { data: &left.rows[first * stride..], row: stride, step: 1 };
                 let matrix = Rows::new(right.columns, chunk);
-                set_product::<E, I>(factors, matrix, (products, chunk), [BLOCK, width, first + BLOCK]);
+                set_product::<E, I>(factors, matrix, (products, chunk), [block, width, first + block]);
             }
         }
     }

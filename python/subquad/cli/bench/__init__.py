@@ -4,7 +4,7 @@ Without a name every benchmark is run. Ratios are taken within one process, the 
 are medians; work hidden by masks is not counted; every result is checked, and a wrong one ends with exit
 status 1.
 
-Environment: SUBQUAD_ISA lowers the instruction-set level (scalar, avx2, avx512, avx512bf16).
+Environment: SUBQUAD_ISA lowers the instruction-set level (scalar, avx2, avx512, avx512bf16, amx).
 """
 
 import argparse

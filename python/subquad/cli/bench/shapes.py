@@ -8,7 +8,7 @@ from subquad.cli.arguments import MAX_THREADS
 
 ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 DTYPES = tuple(ITEM_BYTES)
-LEVELS = ("scalar", "avx2", "avx512", "avx512bf16")
+LEVELS = ("scalar", "avx2", "avx512", "avx512bf16", "amx")
 _ALL = slice(None)
 
 
