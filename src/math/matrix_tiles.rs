@@ -21,11 +21,11 @@ use std::ops::Range;
 pub struct MatrixTiles<I>(PhantomData<I>);
 
 /// Rows of two tiles.
-const STEP: usize = 32;
+pub(super) const STEP: usize = 32;
 /// Rows, and columns, of a tile.
-const TILE: usize = 16;
+pub(super) const TILE: usize = 16;
 /// Tiles of a panel.
-const TILES: usize = 2;
+pub(super) const TILES: usize = 2;
 
 /// Elements of a row of so many pairs: whole tiles, and one cache line more so that rows do not share cache sets.
 #[inline(always)]
@@ -43,7 +43,8 @@ fn multiply<T: SimdElement, I: Isa>(
     add: bool,
 ) {
     let panel = TILES * TILE;
-    let operands = TileOperands { a: bytemuck::cast_slice(a), a_stride, b: bytemuck::cast_slice(b), b_stride: panel, steps };
+    let (a, b) = (bytemuck::cast_slice(a), bytemuck::cast_slice(b));
+    let operands = TileOperands { a, a_stride, a_step: TILE, b, b_stride: panel, steps };
     let sums = bytemuck::cast_slice_mut(sums);
     if tiles == 1 {
         I::multiply_tiles::<2, 1>(operands, sums, panel, add);

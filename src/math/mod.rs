@@ -6,6 +6,7 @@ pub mod elementwise;
 pub mod exp;
 pub mod gradient_pass;
 pub mod load;
+pub mod matrix_rows;
 pub mod matrix_tiles;
 pub mod online_softmax;
 pub mod philox;

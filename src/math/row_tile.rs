@@ -23,13 +23,19 @@ pub trait RowKernel<T: SimdElement>: TileKernel<T> {
     const ROW_STEP: usize;
     /// Operands from one key to the next in weights along the queries.
     const ALONG_QUERIES: usize;
+    /// Whether weights are no operands as they are, and keys as scores need them no rows.
+    const FOLDS: bool;
 
     /// Operands from one row to the next, in operands and in sums.
     fn row_stride(dim: usize) -> usize;
+    /// How many packed rows hold `count` rows.
+    fn packed_rows(count: usize) -> usize;
+    /// Elements of weights along `count` keys.
+    fn along_keys_len(count: usize) -> usize;
     /// Packs `count` rows; returns whether all are finite.
     fn pack_rows<'r>(row: impl Fn(usize) -> &'r [T], count: usize, dim: usize, packed: &mut [T::Acc]) -> bool;
-    /// Makes operands along the queries, and along the keys, of the weights of `keys`, whose start is a multiple of `DEPTH`; nothing if
-    /// weights are operands as they are (`DEPTH` 1).
+    /// Makes operands along the queries, and along the keys, of the weights of `keys`, whose start is a multiple of `DEPTH`; nothing
+    /// unless weights fold.
     fn fold(weights: &[T::Acc], keys: Range<usize>, along_queries: &mut [T::Acc], along_keys: Option<&mut [T::Acc]>);
     /// Adds to the sums of `keys` of the block the products of weights along the queries with `queries` packed rows.
     fn add_to_keys(operands: (&[T::Acc], &[T::Acc]), dim: usize, keys: Range<usize>, queries: usize, sums: &mut [T::Acc]);
@@ -50,8 +56,16 @@ impl<T: SimdElement, I: Isa> RowKernel<T> for VectorTiles<I> {
         vectors.div_ceil(T::Kernel::<I>::DEPTH) * lanes
     };
 
+    const FOLDS: bool = T::Kernel::<I>::DEPTH > 1;
+
     fn row_stride(dim: usize) -> usize {
         Self::stride::<T>(dim)
+    }
+    fn packed_rows(count: usize) -> usize {
+        count.div_ceil(T::Kernel::<I>::DEPTH)
+    }
+    fn along_keys_len(count: usize) -> usize {
+        <Self as RowKernel<T>>::packed_rows(count) * <Self as TileKernel<T>>::PANEL + ROWS
     }
 
     #[inline(always)]

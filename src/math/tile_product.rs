@@ -55,7 +55,7 @@ pub fn multiply<T: SimdElement, I: Isa>(
                     let at = i * stride + n;
                     let sums = &mut sums[at..];
                     let start = if k > 0 { Start::Sums } else { start.at(i, at) };
-                    let operands = TileOperands { a, a_stride, b, b_stride, steps: count.div_ceil(2 * TILE) };
+                    let operands = TileOperands { a, a_stride, a_step: TILE, b, b_stride, steps: count.div_ceil(2 * TILE) };
                     tiles::<T, I>(start, operands, (sums, stride), [rows, columns]);
                 }
             }

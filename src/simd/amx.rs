@@ -105,7 +105,7 @@ pub unsafe fn enter(task: &impl Task, index: usize) {
 /// holds a value between two of these.
 macro_rules! multiply {
     ($operands:expr, $sums:expr, $stride:expr, $add:expr; [$($tile:literal $row:literal $offset:literal),*] [$($step:literal),*]) => {{
-        let (TileOperands { a, a_stride, b, b_stride, steps }, bytes) = ($operands, size_of::<f32>());
+        let (TileOperands { a, a_stride, a_step, b, b_stride, steps }, bytes) = ($operands, size_of::<f32>());
         let (a, sums) = (a.as_ptr(), $sums.as_mut_ptr());
         asm!(
             "/* {a_low} {c_low} */",
@@ -117,8 +117,8 @@ macro_rules! multiply {
             $(concat!("tilezero tmm", $tile),)*
             "3:",
             $($step,)*
-            "add {a}, 64",
-            "add {a_low}, 64",
+            "add {a}, {a_step}",
+            "add {a_low}, {a_step}",
             "add {b}, {b_step}",
             "dec {steps}",
             "jnz 3b",
@@ -127,6 +127,7 @@ macro_rules! multiply {
             a = inout(reg) a => _,
             a_low = inout(reg) a.wrapping_add(ROWS * a_stride) => _,
             a_row = in(reg) a_stride * bytes,
+            a_step = in(reg) a_step * bytes,
             b = inout(reg) b.as_ptr() => _,
             b_row = in(reg) b_stride * bytes,
             b_step = in(reg) ROWS * b_stride * bytes,
@@ -176,9 +177,10 @@ impl Isa for Amx {
     }
     #[inline(always)]
     fn multiply_tiles<const M: usize, const N: usize>(operands: TileOperands<'_>, sums: &mut [f32], stride: usize, add: bool) {
-        let TileOperands { a, a_stride, b, b_stride, steps } = operands;
+        let TileOperands { a, a_stride, a_step, b, b_stride, steps } = operands;
         let (rows, width) = (M * ROWS, N * COLUMNS);
-        assert!(steps > 0 && (rows - 1) * a_stride + steps * COLUMNS <= a.len(), "multiply_tiles: `a` is too short");
+        let last = steps.checked_sub(1).expect("multiply_tiles: no operands");
+        assert!((rows - 1) * a_stride + last * a_step + COLUMNS <= a.len(), "multiply_tiles: `a` is too short");
         assert!((steps * ROWS - 1) * b_stride + width <= b.len(), "multiply_tiles: `b` is too short");
         assert!((rows - 1) * stride + width <= sums.len(), "multiply_tiles: `sums` is too short");
         // SAFETY: the assertions above; this runs below `enter`, which configured whole tiles.

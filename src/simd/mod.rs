@@ -116,6 +116,8 @@ pub struct TileOperands<'a> {
     pub a: &'a [f32],
     /// Elements from one row of `a` to the next.
     pub a_stride: usize,
+    /// Elements from the 16 columns of `a` of one step to those of the next.
+    pub a_step: usize,
     /// `[16 * steps, 16 * N]`.
     pub b: &'a [f32],
     /// Elements from one row of `b` to the next.

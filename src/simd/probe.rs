@@ -37,7 +37,7 @@ fn multiply_tiles<I: Isa>(rounds: usize) {
     a.fill(0.0);
     b.fill(0.0);
     for _ in 0..rounds {
-        let operands = TileOperands { a: &*a, a_stride: STEPS * 16, b: &*b, b_stride: 32, steps: STEPS };
+        let operands = TileOperands { a: &*a, a_stride: STEPS * 16, a_step: 16, b: &*b, b_stride: 32, steps: STEPS };
         I::multiply_tiles::<2, 2>(operands, sums, 32, false);
     }
 }

@@ -213,7 +213,7 @@ impl<T: SimdElement> Backward<'_, T> {
             }
             let filled = keys.start..keys.start + keys.len().next_multiple_of(K::ROW_STEP);
             let mut operands = (&*scores.weights, &*scores.gradients, &*scores.gradients);
-            if K::DEPTH > 1 {
+            if K::FOLDS {
                 K::fold(scores.weights, filled.clone(), folded.weights, None);
                 let along_keys = wanted.q.then_some(&mut *folded.along_keys);
                 K::fold(scores.gradients, filled, folded.gradients, along_keys);
@@ -229,8 +229,8 @@ impl<T: SimdElement> Backward<'_, T> {
                 }
             }
             if wanted.q {
-                let all = if K::DEPTH > 1 { chunk.key_rows } else { chunk.keys };
-                let key_rows = &all[first / K::DEPTH * key_stride..];
+                let all = if K::FOLDS { chunk.key_rows } else { chunk.keys };
+                let key_rows = &all[K::packed_rows(first) * key_stride..];
                 K::add_to_queries((along_keys, key_rows), shape.head_dim, lanes.rows, keys, sums.queries);
             }
         }

@@ -20,6 +20,7 @@ use super::{Blocking, ExactArgs};
 use crate::dtype::{DType, Element, Float};
 use crate::index::Query;
 use crate::kernels::score_mod::Normalizer;
+use crate::math::matrix_tiles::MatrixTiles;
 use crate::math::tile::VectorTiles;
 use crate::parallel::{RowTurns, RowWriter, for_each_tile};
 use crate::simd::{Isa, Level, SimdElement, Task};
@@ -242,10 +243,18 @@ struct Planning<'a, T: SimdElement> {
 
 impl<T: SimdElement> Task for Planning<'_, T> {
     const MULTIPLIES_BF16: bool = matches!(T::DTYPE, DType::BF16);
+    const MULTIPLIES_TILES: bool = Self::MULTIPLIES_BF16;
 
     #[inline(always)]
     fn run<I: Isa>(&self, _index: usize) {
-        self.plan.get_or_init(|| Plan::new::<T, VectorTiles<I>>(self.args, self.wanted, self.blocking));
+        let (args, wanted, blocking) = (self.args, self.wanted, self.blocking);
+        self.plan.get_or_init(|| {
+            if const { I::HAS_TILES && Self::MULTIPLIES_TILES } {
+                Plan::new::<T, MatrixTiles<I>>(args, wanted, blocking)
+            } else {
+                Plan::new::<T, VectorTiles<I>>(args, wanted, blocking)
+            }
+        });
     }
 }
 
@@ -257,6 +266,7 @@ struct Work<'a, T: SimdElement> {
 
 impl<T: SimdElement> Task for Work<'_, T> {
     const MULTIPLIES_BF16: bool = matches!(T::DTYPE, DType::BF16);
+    const MULTIPLIES_TILES: bool = Self::MULTIPLIES_BF16;
 
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
@@ -269,7 +279,11 @@ impl<T: SimdElement> Task for Work<'_, T> {
             chunks = own_chunks.map(Some).collect();
         }
         for task in chunks.into_iter().flatten() {
-            self.backward.run::<I, VectorTiles<I>>(task, (&mut wide, entries));
+            if const { I::HAS_TILES && Self::MULTIPLIES_TILES } {
+                self.backward.run::<I, MatrixTiles<I>>(task, (&mut wide, entries));
+            } else {
+                self.backward.run::<I, VectorTiles<I>>(task, (&mut wide, entries));
+            }
         }
         for (entry, &sum) in entries.iter_mut().zip(&wide) {
             *entry = T::Acc::from_f64(sum);

@@ -104,8 +104,8 @@ impl<'a, 's, T: SimdElement, I: Isa, K: RowKernel<T>> GradientPanel<'a, 's, T, I
         Self { lanes, queries, d_outs, base, delta, kinds: PhantomData }
     }
 
-    /// Computes weights and gradients of the keys of a block that some row sees. Rows of the buffers up to the next multiple of
-    /// `ROW_STEP` from the first key are zeros.
+    /// Computes weights and gradients of the keys of a block that some row sees. Those of lanes without a query are zeros, and so are
+    /// rows of the buffers up to the next multiple of `ROW_STEP` from the first key.
     #[inline(always)]
     pub fn compute(&self, block: &PackedBlock<'_, T::Acc>, of: Of, buffers: &mut ScoreBuffers<'_, T::Acc>) -> Option<Computed> {
         let args = self.lanes.args;
@@ -131,6 +131,10 @@ impl<'a, 's, T: SimdElement, I: Isa, K: RowKernel<T>> GradientPanel<'a, 's, T, I
         let filled = keys.start + keys.len().next_multiple_of(K::ROW_STEP);
         for rows in [&mut *buffers.weights, &mut *buffers.gradients] {
             rows[keys.end * K::PANEL..filled * K::PANEL].fill(T::Acc::ZERO);
+            // Vectors without a query.
+            for row in rows[keys.start * K::PANEL..keys.end * K::PANEL].chunks_exact_mut(K::PANEL) {
+                row[cut.vectors * T::V::<I>::LANES..].fill(T::Acc::ZERO);
+            }
         }
         Some(computed)
     }
@@ -169,12 +173,15 @@ impl<'a, 's, T: SimdElement, I: Isa, K: RowKernel<T>> GradientPanel<'a, 's, T, I
             dropout.factors(query, width, positions, &mut buffers.factors[keys.start * stride + at..], stride);
             &buffers.factors[at..]
         });
-        let row_scale = || score_pass::lanes::<T, I>(|lane| args.scale(&self.lanes.query(at + lane)));
+        let mut slope = None;
+        if of == Of::Products && !mods.scale.is_uniform() {
+            slope = Some(score_pass::lanes::<T, I>(|lane| args.scale(&self.lanes.query(at + lane))));
+        }
         let query = QueryState {
             scale: if plain { T::V::<I>::splat(scale) } else { splat(1.0) },
             base: T::V::<I>::load(&self.base[at..]),
             delta: T::V::<I>::load(&self.delta[at..]),
-            slope: (of == Of::Products && !mods.scale.is_uniform()).then(row_scale),
+            slope,
         };
         let slopes = slopes.as_ref().filter(|_| of == Of::Products).map(|slopes| &*slopes.rows);
         let by_key = ByKey { slopes, factors };

@@ -85,25 +85,25 @@ impl Buffers {
         let (d, dv) = (args.shape.head_dim, args.shape.head_dim_v);
         let rows = |rows: usize, dim: usize| line((rows + K::ROW_STEP) * K::row_stride(dim));
         let only = |condition: bool, len: usize| if condition { len } else { 0 };
-        let folds = K::DEPTH > 1;
+        let folds = K::FOLDS;
         let block_rows = block_k.next_multiple_of(K::KEY_STEP) + K::ROW_STEP;
         Self {
             keys: line(K::keys_len(chunk_k, d)),
-            key_rows: only(folds && wanted.q, rows(chunk_k / K::DEPTH, d)),
+            key_rows: only(folds && wanted.q, rows(K::packed_rows(chunk_k), d)),
             values: line(K::keys_len(chunk_k, dv)),
             key_sums: only(wanted.k, rows(chunk_k, d)),
             value_sums: only(wanted.v, rows(chunk_k, dv)),
             queries: line(K::queries_len(d)),
             d_outs: line(K::queries_len(dv)),
-            query_rows: only(wanted.k, rows(K::PANEL.div_ceil(K::DEPTH), d)),
-            d_out_rows: only(wanted.v, rows(K::PANEL.div_ceil(K::DEPTH), dv)),
+            query_rows: only(wanted.k, rows(K::packed_rows(K::PANEL), d)),
+            d_out_rows: only(wanted.v, rows(K::packed_rows(K::PANEL), dv)),
             query_sums: only(wanted.q, rows(K::PANEL, d)),
             lanes: line(K::PANEL),
             scores: line(block_rows * K::PANEL),
             slopes: only(args.mods.softcap.is_some(), line(block_rows * K::PANEL)),
             factors: only(args.mods.dropout.is_some(), line(block_rows * K::PANEL)),
             along_queries: only(folds, line(block_rows * K::ALONG_QUERIES)),
-            along_keys: only(folds && wanted.q, line(block_rows.div_ceil(K::DEPTH) * K::PANEL + K::ROW_STEP)),
+            along_keys: only(folds && wanted.q, line(K::along_keys_len(block_rows))),
         }
     }
 
