@@ -204,3 +204,83 @@ fn add_seen<T: SimdElement, I: Isa>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::{Level, Task};
+    use std::sync::Mutex;
+
+    /// Numbers that bf16 holds, so that nothing is rounded but sums.
+    fn numbers(len: usize, seed: usize) -> Vec<f32> {
+        (0..len).map(|i| ((i * 37 + seed * 11) % 61) as f32 / 16.0 - 1.75).collect()
+    }
+
+    /// Twice the same product, once with factors along their rows and once along their columns.
+    struct Both {
+        size: [usize; 3],
+        start: usize,
+        found: Mutex<Vec<Vec<f32>>>,
+    }
+
+    impl Both {
+        fn stride(&self) -> usize {
+            self.size[2] + 16
+        }
+        fn sums(&self) -> Vec<f32> {
+            numbers(self.size[0] * self.stride(), 3)
+        }
+    }
+
+    impl Task for Both {
+        const MULTIPLIES_BF16: bool = false;
+        const MULTIPLIES_TILES: bool = true;
+
+        #[inline(always)]
+        fn run<I: Isa>(&self, _index: usize) {
+            let ([rows, depth, _], stride) = (self.size, self.stride());
+            let (factors, matrix) = (numbers(rows * depth, 1), numbers(depth * stride, 2));
+            let (fades, from) = (numbers(rows, 4), numbers(rows * stride, 5));
+            let transposed: Vec<f32> = (0..rows * depth).map(|at| factors[at % rows * depth + at / rows]).collect();
+            let start = [Start::Zeros, Start::Sums, Start::Faded(&fades), Start::FadedFrom(&fades, &from)][self.start];
+            let (mut one, mut other) = (self.sums(), self.sums());
+            I::call(Product::<f32> {
+                start,
+                matrix: Rows::new(&matrix, stride),
+                results: &mut [
+                    (Factors { data: &factors, row: depth, step: 1 }, &mut one),
+                    (Factors { data: &transposed, row: 1, step: rows }, &mut other),
+                ],
+                stride,
+                size: self.size,
+            });
+            self.found.lock().unwrap().extend([one, other]);
+        }
+    }
+
+    #[test]
+    fn products_are_those_of_the_definition_at_every_level() {
+        let sizes = [[4, 1, 16], [16, 16, 16], [20, 33, 48], [32, 32, 32], [64, 96, 272], [100, 17, 144], [144, 600, 48]];
+        for (size, start) in sizes.into_iter().flat_map(|size| (0..4).map(move |start| (size, start))) {
+            let [rows, depth, width] = size;
+            for level in Level::available() {
+                let both = Both { size, start, found: Mutex::default() };
+                level.run(&both, 0);
+                let (factors, matrix) = (numbers(rows * depth, 1), numbers(depth * both.stride(), 2));
+                let (fades, from, sums) = (numbers(rows, 4), numbers(rows * both.stride(), 5), both.sums());
+                for found in both.found.lock().unwrap().iter() {
+                    for (i, n) in (0..rows).flat_map(|i| (0..width).map(move |n| (i, n))) {
+                        let at = i * both.stride() + n;
+                        let begin = [0.0, sums[at], fades[i] * sums[at], fades[i] * from[at]][start];
+                        let terms = (0..depth).map(|k| f64::from(factors[i * depth + k]) * f64::from(matrix[k * both.stride() + n]));
+                        let want = f64::from(begin) + terms.sum::<f64>();
+                        let close = (f64::from(found[at]) - want).abs() <= 1e-5 * (1.0 + depth as f64);
+                        assert!(close, "{level:?}, {size:?}, start {start}, row {i}, column {n}: {} is not {want}", found[at]);
+                    }
+                    let beyond = (0..rows).flat_map(|i| (width..both.stride()).map(move |n| (i, n)));
+                    assert!(beyond.map(|(i, n)| i * both.stride() + n).all(|at| found[at].to_bits() == sums[at].to_bits()));
+                }
+            }
+        }
+    }
+}
