@@ -272,7 +272,8 @@ mod tests {
                     for (i, n) in (0..rows).flat_map(|i| (0..width).map(move |n| (i, n))) {
                         let at = i * both.stride() + n;
                         let begin = [0.0, sums[at], fades[i] * sums[at], fades[i] * from[at]][start];
-                        let terms = (0..depth).map(|k| f64::from(factors[i * depth + k]) * f64::from(matrix[k * both.stride() + n]));
+                        let terms =
+                            (0..depth).map(|k| f64::from(factors[i * depth + k]) * f64::from(matrix[k * both.stride() + n]));
                         let want = f64::from(begin) + terms.sum::<f64>();
                         let close = (f64::from(found[at]) - want).abs() <= 1e-5 * (1.0 + depth as f64);
                         assert!(close, "{level:?}, {size:?}, start {start}, row {i}, column {n}: {} is not {want}", found[at]);

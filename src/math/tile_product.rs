@@ -8,7 +8,7 @@ use crate::workspace::Scratch;
 use bytemuck::{cast_slice, cast_slice_mut};
 
 /// Rows, and columns, of a tile; pairs of operands of one step.
-pub const TILE: usize = 16;
+const TILE: usize = 16;
 /// Rows, depth and columns that are packed at a time: both operands stay in L2.
 const BLOCK: [usize; 3] = [128, 512, 256];
 

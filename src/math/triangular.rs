@@ -2,7 +2,6 @@
 
 use super::elementwise::add_scaled;
 use super::product::{Factors, ROW_STEP, Rows, add_product};
-use super::tile_product::TILE;
 use crate::simd::{Isa, SimdElement};
 
 /// Makes `x` the solution of `x = b + L x` for strictly lower triangular `L`, in place: `x[i] += sum over j < i of factors[i][j] * x[j]`, in
@@ -18,19 +17,7 @@ pub fn substitute<T: SimdElement, I: Isa>(
     for first in (0..rows).step_by(ROW_STEP) {
         let (done, rest) = x.split_at_mut(first * stride);
         let data = &factors[first * row..];
-        // Tiles take what is above a block of their rows at once.
-        let known = if I::HAS_TILES { first / TILE * TILE } else { 0 };
-        if I::HAS_TILES && known == first && first > 0 {
-            let height = TILE.min(rows - first);
-            add_product::<T, I>(
-                Factors { data, row, step: 1 },
-                Rows::new(done, stride),
-                (&mut *rest, stride),
-                [height, first, width],
-            );
-        }
-        let near = Factors { data: &data[known..], row, step: 1 };
-        add_product::<T, I>(near, Rows::new(&done[known * stride..], stride), (rest, stride), [ROW_STEP, first - known, width]);
+        add_product::<T, I>(Factors { data, row, step: 1 }, Rows::new(done, stride), (rest, stride), [ROW_STEP, first, width]);
         for i in 1..ROW_STEP {
             let (done, rest) = rest.split_at_mut(i * stride);
             for (j, done) in done.chunks_exact(stride).enumerate() {

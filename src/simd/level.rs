@@ -76,6 +76,14 @@ impl Level {
         }
     }
 
+    /// The highest level below that has no matrix tiles, or the level itself: for products whose operands must not be rounded.
+    pub fn without_tiles(self) -> Self {
+        match self {
+            Self::Amx => Self::Avx512,
+            Self::Scalar | Self::Avx2 | Self::Avx512 | Self::Avx512Bf16 => self,
+        }
+    }
+
     /// The level in use: the preferred one, or one up to the detected that `SUBQUAD_ISA` names, read once.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! What a recurrent call is made of.
 
 use crate::dtype::Element;
+use crate::simd::Level;
 use crate::tensor::Tensor;
 
 /// The sizes of a call.
@@ -126,4 +127,15 @@ pub struct RecurrentArgs<'a, T: Element> {
     pub l2norm: bool,
     /// The sequences, by the number of their state.
     pub sequences: &'a [Sequence],
+}
+
+impl<T: Element> RecurrentArgs<'_, T> {
+    /// The level at which the call is computed. What rules read of the state they write back to it: with a `beta` of 2 nothing that matrix
+    /// tiles have rounded ever fades.
+    pub fn level(&self, level: Level) -> Level {
+        match self.rule {
+            Rule::Additive(_) => level,
+            Rule::Delta(_) | Rule::LowRank { .. } => level.without_tiles(),
+        }
+    }
 }

@@ -84,7 +84,7 @@ pub fn backward<T: SimdElement>(
     let turns = sequences.len() * shape.num_heads / (TASKS_PER_THREAD * threads.max(1));
     let turns = turns.min(MOST_STATES / states.max(1)).clamp(1, MOST_HEADS);
     let tasks = sequences.len() * shape.num_heads.div_ceil(turns);
-    for_each_tile(level, threads, tasks, &Sequences { args, gradients, chunk, turns });
+    for_each_tile(args.forward.level(level), threads, tasks, &Sequences { args, gradients, chunk, turns });
 }
 
 impl<T: SimdElement> Task for Sequences<'_, T>

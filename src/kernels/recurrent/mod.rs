@@ -136,7 +136,7 @@ where
     if let Form::Chunks(size) = form {
         assert!(size > 0 && size.is_multiple_of(BLOCK) && size <= MAX_CHUNK, "chunks of {size} tokens");
     }
-    let heads = args.shape.num_value_heads;
+    let (heads, level) = (args.shape.num_value_heads, args.level(level));
     let tokens: usize = args.sequences.iter().map(|sequence| sequence.len).sum();
     let flops = 4 * tokens * heads * args.shape.head_dim * args.shape.head_dim_v;
     let threads = if flops < SERIAL_FLOPS { 1 } else { threads };
