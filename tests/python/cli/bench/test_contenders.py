@@ -75,7 +75,7 @@ def test_a_slow_contender_is_one_call_of_the_first_round(keep_threads):
 )
 def test_kind_of_peak(dtype, kind):
     if kind is None:
-        kind = "bf16" if _native.config()["level"] == "avx512bf16" else "f32"
+        kind = "bf16" if _native.config()["level"] in ("avx512bf16", "amx") else "f32"
     assert contenders.peak_kind(dtype) == kind
 
 
