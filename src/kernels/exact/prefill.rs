@@ -143,6 +143,9 @@ impl<T: SimdElement> Prefill<'_, T> {
                 if block.start <= hull.start {
                     panel.start();
                 }
+                if hull.end <= block.end {
+                    panel.prefetch(self.out);
+                }
                 let cut = panel.cut(block.start, block.len());
                 if !cut.is_empty() {
                     panel.attend((&cut, block.start), finite, (packed_keys, packed_values), (scores, factors), lanes);
