@@ -80,8 +80,10 @@ impl WeightForm for MaskedExponential {
     const HIDES: bool = true;
     #[inline(always)]
     fn weight<T: SimdElement, I: Isa>(score: T::V<I>, scale: T::V<I>, minus_base: T::V<I>) -> T::V<I> {
-        let p = Exponential::weight::<T, I>(score, scale, minus_base);
-        T::V::<I>::splat(T::Acc::LOWEST).select_gt(score, T::V::<I>::splat(T::Acc::MINUS_ZERO), p)
+        let lowest = T::V::<I>::splat(T::Acc::LOWEST);
+        // What underflows takes a hundred cycles.
+        let exponent = lowest.select_gt(score, T::V::<I>::splat(T::Acc::ZERO), score.mul_add(scale, minus_base));
+        lowest.select_gt(score, T::V::<I>::splat(T::Acc::MINUS_ZERO), exp2::<T, I>(exponent))
     }
 }
 
