@@ -13,7 +13,6 @@ use crate::math::score_pass;
 use crate::math::tile::TileKernel;
 use crate::simd::{Isa, SimdElement, Vector, VectorKernel, prefetch};
 use std::marker::PhantomData;
-use std::ops::Range;
 
 /// Up to `K::PANEL` consecutive query rows of one key/value head.
 pub struct Panel<'a, T: SimdElement, I, K> {
@@ -118,16 +117,11 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
             let step = step::<T, I>(T::V::<I>::load(&self.m[at..]), peak.mul(scale));
             step.m.store(&mut self.m[at..]);
             step.alpha.store(&mut alphas[at..]);
-            // Within a block that a mask cuts, most keys are seen by all rows.
-            let seen = if hides_by_value { 0..0 } else { cut.full(v) };
-            let mut sum = splat(T::Acc::ZERO);
-            for (keys, hides) in parts(keys.clone(), if cut_here { seen } else { keys.clone() }, K::DEPTH.max(2)) {
-                sum = sum.add(if hides {
-                    probabilities::<T, I, MaskedExponential>(&mut column, keys, (scale, step.base), factors)
-                } else {
-                    probabilities::<T, I, Exponential>(&mut column, keys, (scale, step.base), factors)
-                });
-            }
+            let sum = if cut_here {
+                probabilities::<T, I, MaskedExponential>(&mut column, keys.clone(), (scale, step.base), factors)
+            } else {
+                probabilities::<T, I, Exponential>(&mut column, keys.clone(), (scale, step.base), factors)
+            };
             zero_rest::<T, I>(&mut column, keys.end, K::DEPTH);
             T::V::<I>::load(&self.l[at..]).mul_add(step.alpha, sum).store(&mut self.l[at..]);
         }
@@ -266,15 +260,6 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
             }
         }
     }
-}
-
-/// Cuts `keys` into what lies before, in and behind `seen`, in order; says of each part whether it may hold hidden keys. Parts begin at
-/// multiples of `step`, or where `keys` do.
-#[inline(always)]
-fn parts(keys: Range<usize>, seen: Range<usize>, step: usize) -> [(Range<usize>, bool); 3] {
-    let start = seen.start.next_multiple_of(step).clamp(keys.start, keys.end);
-    let end = if seen.end < keys.end { seen.end / step * step } else { keys.end }.max(start);
-    [(keys.start..start, true), (start..end, false), (end..keys.end, true)]
 }
 
 /// Zeroes the weights of what follows on `end` keys, up to a multiple of `step`.
