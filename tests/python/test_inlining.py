@@ -1,7 +1,8 @@
 """Everything below the entry into an instruction set is compiled for it.
 
-What is not, such as a closure that the compiler chose not to inline, has a call for every vector operation: to a function that loads
-its operands from memory, does one thing, and stores the result. Kernels then run up to ten times slower, and nothing else tells.
+What is not, such as a closure that the compiler chose not to inline, has a call for every vector operation: to a function that
+loads its operands from memory, does one thing, and stores the result. Kernels then run up to ten times slower, and nothing else
+tells.
 """
 
 import re
