@@ -95,13 +95,7 @@ impl<T: SimdElement, I: Isa> TileKernel<T> for MatrixTiles<I> {
 
     #[inline(always)]
     fn pack_keys(rows: &HeadRows<'_, T>, head_dim: usize, packed: &mut [T::Acc]) {
-        let pairs = head_dim.div_ceil(2);
-        for (j, packed) in packed.chunks_exact_mut(stride::<T, I>(pairs)).take(rows.count).enumerate() {
-            let row = rows.get(j);
-            for d in (0..pairs).step_by(TILE) {
-                load_row::<T, I>(&row[2 * d..]).store(&mut packed[d..]);
-            }
-        }
+        <VectorTiles<I> as TileKernel<T>>::pack_keys(rows, head_dim, packed);
     }
 
     #[inline(always)]
