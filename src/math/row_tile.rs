@@ -207,12 +207,16 @@ fn column<T: SimdElement, I: Isa, const N: usize>(
     for r in (0..count).step_by(ROWS) {
         let sums = &mut sums[r * stride + at..];
         let mut tile_sums = [[T::V::<I>::splat(T::Acc::ZERO); N]; ROWS];
-        for (i, sum) in tile_sums.as_flattened_mut().iter_mut().enumerate() {
-            *sum = T::V::<I>::load(&sums[i / N * stride + i % N * lanes..]);
+        for i in 0..ROWS {
+            for v in 0..N {
+                tile_sums[i][v] = T::V::<I>::load(&sums[i * stride + v * lanes..]);
+            }
         }
         let tile_sums = tile::<T, T::Kernel<I>, ROWS, N>(&weights[r * row..], (row, step), &rows[at..], stride, depth, tile_sums);
-        for (i, sum) in tile_sums.as_flattened().iter().enumerate() {
-            sum.store(&mut sums[i / N * stride + i % N * lanes..]);
+        for i in 0..ROWS {
+            for v in 0..N {
+                tile_sums[i][v].store(&mut sums[i * stride + v * lanes..]);
+            }
         }
     }
 }
