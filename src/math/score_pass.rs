@@ -5,7 +5,7 @@
 
 use super::load::MAX_LANES;
 use super::online_softmax::Column;
-use super::tanh::tanh;
+use super::tanh::{tanh, tanh_each};
 use crate::dtype::Float;
 use crate::simd::{Isa, SimdElement, Vector};
 use std::ops::Range;
@@ -13,13 +13,13 @@ use std::ops::Range;
 /// Maxima that do not wait for each other.
 const CHAINS: usize = 4;
 
-/// What becomes of a vector of scores.
+/// What becomes of vectors of scores.
 ///
 /// No closure: those are compiled for no instruction set, unless the compiler chooses to inline them. Implementations mark
 /// [`Pass::apply`] `#[inline(always)]`.
 trait Pass<V> {
-    /// The score of row `j`.
-    fn apply(&self, s: V, j: usize) -> V;
+    /// The scores of the keys at `places` of the block.
+    fn apply(&self, scores: [V; CHAINS], places: [V; CHAINS]) -> [V; CHAINS];
 }
 
 /// Applies `pass` to every row of `keys`, and returns the maximum of the results.
@@ -29,18 +29,36 @@ fn for_each_row<T: SimdElement, I: Isa>(
     keys: Range<usize>,
     pass: &impl Pass<T::V<I>>,
 ) -> T::V<I> {
+    let stride = column.stride;
+    let number = |x: usize| T::V::<I>::splat(T::Acc::from_f64(x as f64));
     let mut peaks = [T::V::<I>::splat(T::Acc::NEG_INFINITY); CHAINS];
-    let mut j = keys.start;
-    while j < keys.end {
-        for (i, peak) in peaks.iter_mut().enumerate() {
-            if j + i < keys.end {
-                let row = &mut column.rows[(j + i) * column.stride..];
-                let s = pass.apply(T::V::<I>::load(row), j + i);
-                s.store(row);
-                *peak = peak.max(s);
-            }
+    let mut places = [number(keys.start); CHAINS];
+    for (i, place) in places.iter_mut().enumerate() {
+        *place = place.add(number(i));
+    }
+    let whole = keys.end - keys.len() % CHAINS;
+    for j in (keys.start..whole).step_by(CHAINS) {
+        let rows = &mut column.rows[j * stride..][..(CHAINS - 1) * stride + T::V::<I>::LANES];
+        let mut scores = places;
+        for (i, score) in scores.iter_mut().enumerate() {
+            *score = T::V::<I>::load(&rows[i * stride..]);
         }
-        j += CHAINS;
+        let scores = pass.apply(scores, places);
+        for i in 0..CHAINS {
+            scores[i].store(&mut rows[i * stride..]);
+            peaks[i] = peaks[i].max(scores[i]);
+            places[i] = places[i].add(number(CHAINS));
+        }
+    }
+    if whole < keys.end {
+        let mut scores = [T::V::<I>::splat(T::Acc::ZERO); CHAINS];
+        for (j, score) in (whole..keys.end).zip(&mut scores) {
+            *score = T::V::<I>::load(&column.rows[j * stride..]);
+        }
+        for (j, score) in (whole..keys.end).zip(pass.apply(scores, places)) {
+            score.store(&mut column.rows[j * stride..]);
+            peaks[0] = peaks[0].max(score);
+        }
     }
     peaks[0].max(peaks[1]).max(peaks[2].max(peaks[3]))
 }
@@ -49,8 +67,11 @@ struct Scale<V>(V);
 
 impl<V: Vector> Pass<V> for Scale<V> {
     #[inline(always)]
-    fn apply(&self, s: V, _: usize) -> V {
-        s.mul(self.0)
+    fn apply(&self, mut scores: [V; CHAINS], _: [V; CHAINS]) -> [V; CHAINS] {
+        for score in &mut scores {
+            *score = score.mul(self.0);
+        }
+        scores
     }
 }
 
@@ -68,8 +89,15 @@ struct Softcap<T: SimdElement, I: Isa> {
 
 impl<T: SimdElement, I: Isa> Pass<T::V<I>> for Softcap<T, I> {
     #[inline(always)]
-    fn apply(&self, s: T::V<I>, _: usize) -> T::V<I> {
-        tanh::<T, I>(s.mul(self.scale_of_cap)).mul(self.height)
+    fn apply(&self, mut scores: [T::V<I>; CHAINS], _: [T::V<I>; CHAINS]) -> [T::V<I>; CHAINS] {
+        for score in &mut scores {
+            *score = score.mul(self.scale_of_cap);
+        }
+        scores = tanh_each::<T, I, CHAINS>(scores);
+        for score in &mut scores {
+            *score = score.mul(self.height);
+        }
+        scores
     }
 }
 
@@ -104,20 +132,17 @@ pub struct Alibi<V> {
     pub position: V,
 }
 
-/// The place of key `j`.
-#[inline(always)]
-fn place<V: Vector>(j: usize) -> V {
-    V::splat(V::Elem::from_f64(j as f64))
-}
-
 impl<V: Vector> Pass<V> for Alibi<V> {
     #[inline(always)]
-    fn apply(&self, s: V, j: usize) -> V {
+    fn apply(&self, mut scores: [V; CHAINS], places: [V; CHAINS]) -> [V; CHAINS] {
         let zero = V::splat(V::Elem::ZERO);
-        let ahead = place::<V>(j).sub(self.position);
-        // Minus the absolute value.
-        let distance = zero.sub(ahead.max(zero.sub(ahead)));
-        s.mul_add(self.scale, distance.mul(self.slope))
+        for (score, place) in scores.iter_mut().zip(&places) {
+            let ahead = place.sub(self.position);
+            // Minus the absolute value.
+            let distance = zero.sub(ahead.max(zero.sub(ahead)));
+            *score = score.mul_add(self.scale, distance.mul(self.slope));
+        }
+        scores
     }
 }
 
@@ -131,8 +156,11 @@ struct Rising<V> {
 
 impl<V: Vector> Pass<V> for Rising<V> {
     #[inline(always)]
-    fn apply(&self, s: V, j: usize) -> V {
-        s.mul_add(self.scale, place::<V>(j).mul_add(self.slope, self.start))
+    fn apply(&self, mut scores: [V; CHAINS], places: [V; CHAINS]) -> [V; CHAINS] {
+        for (score, place) in scores.iter_mut().zip(&places) {
+            *score = score.mul_add(self.scale, place.mul_add(self.slope, self.start));
+        }
+        scores
     }
 }
 
