@@ -15,6 +15,9 @@ use crate::simd::{Isa, SimdElement, prefetch};
 use crate::workspace::Scratch;
 use std::ops::Range;
 
+/// So many rows before a gradient is written, its lines are requested.
+const ROWS_AHEAD: usize = 8;
+
 /// What the tasks of a call share.
 pub struct Backward<'a, T: SimdElement> {
     /// The call.
@@ -102,6 +105,8 @@ impl<T: SimdElement> Backward<'_, T> {
         let places = forward.places(&segment);
         let rows = HeadRows { tensor: forward.k, places, head: task.kv_head, first: positions.start, count: positions.len() };
         let value_rows = HeadRows { tensor: forward.v, ..rows };
+        rows.prefetch(0, 1);
+        value_rows.prefetch(0, 1);
         let mut finite = true;
         // One site for each piece of vector code: it is compiled for every type and level.
         for (rows, dim, packed) in [(&rows, shape.head_dim, &mut *keys), (&value_rows, shape.head_dim_v, &mut *values)] {
@@ -288,8 +293,11 @@ impl<T: SimdElement> Backward<'_, T> {
             [(self.k, &*sums.keys, shape.head_dim, self.shared_factor()), (self.v, &*sums.values, shape.head_dim_v, one)]
         {
             let Some(writer) = writer else { continue };
+            let place = |j: usize| places.place(chunk.positions.start + j);
             for (j, sums) in sums.chunks_exact(K::row_stride(dim)).take(chunk.positions.len()).enumerate() {
-                let (batch, token) = places.place(chunk.positions.start + j);
+                let (batch, token) = place((j + ROWS_AHEAD).min(chunk.positions.len() - 1));
+                writer.prefetch(batch, token, kv_head);
+                let (batch, token) = place(j);
                 store_scaled::<T, I>(sums, factor, writer.row(batch, token, kv_head));
             }
         }
