@@ -120,8 +120,9 @@ pub fn sum<T: SimdElement, I: Isa>(row: &[T::Acc]) -> f64 {
     sum_of_lanes::<T, I>(sums)
 }
 
+/// The sum of the lanes.
 #[inline(always)]
-fn sum_of_lanes<T: SimdElement, I: Isa>(sums: T::V<I>) -> f64 {
+pub fn sum_of_lanes<T: SimdElement, I: Isa>(sums: T::V<I>) -> f64 {
     let mut lanes = [T::Acc::ZERO; MAX_LANES];
     sums.store(&mut lanes);
     lanes.iter().map(|lane| lane.to_f64()).sum()

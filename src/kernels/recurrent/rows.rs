@@ -2,8 +2,8 @@
 
 use super::{RecurrentArgs, Sequence};
 use crate::dtype::{Element, Float};
-use crate::math::elementwise::scale;
-use crate::math::load::{load_padded, store_scaled};
+use crate::math::elementwise::{scale, sum_of_lanes};
+use crate::math::load::{load_padded, store_padded, store_scaled};
 use crate::simd::{Isa, SimdElement, Vector, Wide, prefetch};
 use crate::tensor::Tensor;
 
@@ -21,10 +21,29 @@ pub fn load<T: SimdElement, I: Isa>(row: &[T], into: &mut [T::Acc]) {
 }
 
 /// What brings a row to length 1.
+pub fn inverse_length<T: Element>(row: &[T]) -> f64 {
+    inverse(row.iter().map(|x| x.to_acc().to_f64().powi(2)).sum())
+}
+
+fn inverse(square: f64) -> f64 {
+    1.0 / (square + L2_EPS).sqrt()
+}
+
+/// As [`inverse_length`], from sums of accumulators as long as those do not overflow.
 #[inline(always)]
-pub fn inverse_length<E: Float>(row: &[E]) -> f64 {
-    let sum: f64 = row.iter().map(|x| x.to_f64() * x.to_f64()).sum();
-    1.0 / (sum + L2_EPS).sqrt()
+fn inverse_length_by_vectors<T: SimdElement, I: Isa>(row: &[T]) -> f64 {
+    let lanes = T::V::<I>::LANES;
+    let mut sums = [T::V::<I>::splat(T::Acc::ZERO); 2];
+    let mut d = 0;
+    while d < row.len() {
+        for sum in &mut sums {
+            let x = load_padded::<T, I>(row.get(d..).unwrap_or_default());
+            *sum = x.mul_add(x, *sum);
+            d += lanes;
+        }
+    }
+    let square = sum_of_lanes::<T, I>(sums[0].add(sums[1]));
+    if square.is_finite() { inverse(square) } else { inverse_length(row) }
 }
 
 /// The rows of a head of queries or keys.
@@ -56,7 +75,7 @@ impl<T: SimdElement> HeadRows<'_, T> {
         T::Acc: Wide,
     {
         load::<T, I>(self.tensor.row(sequence.batch, sequence.first + token, self.head), into);
-        let factor = if self.l2norm { self.factor * inverse_length(into) } else { self.factor };
+        let factor = if self.l2norm { self.factor * inverse_length_by_vectors::<T::Acc, I>(into) } else { self.factor };
         if factor.to_bits() != 1f64.to_bits() {
             scale::<T::Acc, I>(into, T::Acc::from_f64(factor));
         }
@@ -91,12 +110,21 @@ impl<T: SimdElement> HeadRows<'_, T> {
             store_scaled::<T, I>(found, T::Acc::from_f64(self.factor), into);
             return;
         }
-        let row = self.tensor.row(batch, token, self.head);
-        let inverse = inverse_length(&row.iter().map(|x| x.to_acc()).collect::<Vec<_>>());
-        let along: f64 = row.iter().zip(found).map(|(x, d)| x.to_acc().to_f64() * d.to_f64()).sum();
-        for ((out, x), d) in into.iter_mut().zip(row).zip(found) {
-            let gradient = inverse * d.to_f64() - inverse.powi(3) * along * x.to_acc().to_f64();
-            *out = T::from_acc(T::Acc::from_f64(self.factor * gradient));
+        let (row, lanes) = (self.tensor.row(batch, token, self.head), T::V::<I>::LANES);
+        let inverse = inverse_length_by_vectors::<T, I>(row);
+        let splat = |x: f64| T::V::<I>::splat(T::Acc::from_f64(x));
+        // Of the unit vector `x` and the gradient `g` with respect to it: (g - (g . x) x) / length.
+        let (to_unit, factor) = (splat(inverse), splat(self.factor * inverse));
+        let mut along = splat(0.0);
+        for d in (0..row.len()).step_by(lanes) {
+            let x = load_padded::<T, I>(&row[d..]).mul(to_unit);
+            along = x.mul_add(T::V::<I>::load(&found[d..]), along);
+        }
+        let along = splat(-sum_of_lanes::<T, I>(along));
+        for d in (0..row.len()).step_by(lanes) {
+            let x = load_padded::<T, I>(&row[d..]).mul(to_unit);
+            let across = x.mul_add(along, T::V::<I>::load(&found[d..]));
+            store_padded::<T, I>(across.mul(factor), &mut into[d..]);
         }
     }
 }
