@@ -25,6 +25,7 @@ import torch.nn.functional as F  # noqa: N812 - everybody's name for it
 
 from subquad import _runtime
 from subquad.ops.exact import scaled_dot_product_attention
+from subquad.torch.library import autocast
 from subquad.torch.plain import why_not_plain
 
 _NAME = "scaled_dot_product_attention"
@@ -103,13 +104,6 @@ class _Call:
     enable_gqa: bool = field(default=False, kw_only=True)
 
 
-def _autocast(tensor: torch.Tensor) -> torch.Tensor:
-    """Casts as autocast does for this operator."""
-    if tensor.is_floating_point() and tensor.dtype != torch.float64:
-        return tensor.to(torch.get_autocast_dtype("cpu"))
-    return tensor
-
-
 def _compute(call: _Call) -> torch.Tensor | str:
     """Returns the result, or why it is PyTorch's to compute."""
     query, key, value, mask = call.query, call.key, call.value, call.attn_mask
@@ -117,8 +111,7 @@ def _compute(call: _Call) -> torch.Tensor | str:
     if reason is not None:
         return reason
     if torch.is_autocast_enabled("cpu"):
-        query, key, value = _autocast(query), _autocast(key), _autocast(value)
-        mask = None if mask is None else _autocast(mask)
+        query, key, value, mask = (autocast(tensor) for tensor in (query, key, value, mask))
     try:
         return scaled_dot_product_attention(
             query,

@@ -3,6 +3,7 @@
 use super::{Direction, ExactArgs};
 use crate::index::{Query, Segment};
 use crate::kernels::bias::Bias;
+use crate::math::elementwise;
 use crate::math::exp::exp2;
 use crate::math::product::{Factors, ROW_STEP, Rows, add_product, row_width};
 use crate::simd::{Isa, Vector, Wide};
@@ -250,8 +251,8 @@ impl<'s, T: Wide> Tile<'s, T> {
         let unit = std::f64::consts::LOG2_E;
         let scale = args.scale(query);
         let (s, s_dot) = (&mut self.s[i * KEYS..(i + 1) * KEYS], &mut self.s_dot[i * KEYS..(i + 1) * KEYS]);
-        multiply::<T, I>(s, T::from_f64(scale * unit));
-        multiply::<T, I>(s_dot, T::from_f64(scale));
+        elementwise::scale::<T, I>(s, T::from_f64(scale * unit));
+        elementwise::scale::<T, I>(s_dot, T::from_f64(scale));
         let bias = &mut *self.bias;
         let read = |from: &Bias<'_, T>, bias: &mut [T]| {
             from.read(query.at(), keys.start, &mut bias[..keys.len()]);
@@ -380,14 +381,6 @@ fn add_over_rows<T: Wide, I: Isa>(factors: &[T], operand: Option<&Operand<'_, T>
         let factors = Factors { data: factors, row: 1, step: KEYS };
         let size = [keys.next_multiple_of(ROW_STEP), rows, operand.width];
         add_product::<T, I>(factors, operand.matrix(), (sums, operand.width), size);
-    }
-}
-
-#[inline(always)]
-fn multiply<T: Wide, I: Isa>(row: &mut [T], factor: T) {
-    let factor = T::V::<I>::splat(factor);
-    for x in row.chunks_exact_mut(T::V::<I>::LANES) {
-        T::V::<I>::load(x).mul(factor).store(x);
     }
 }
 
