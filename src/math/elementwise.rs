@@ -1,7 +1,7 @@
 //! Arithmetic on rows of whole vectors.
 
 use super::exp::exp2;
-use super::load::MAX_LANES;
+use super::load::{MAX_LANES, is_zero};
 use crate::dtype::Float;
 use crate::simd::{Isa, Routine, SimdElement, Vector};
 
@@ -168,9 +168,7 @@ pub fn are_finite<T: SimdElement, I: Isa>((rows, stride): (&[T::Acc], usize), [c
             residue = residue.add(x.sub(x));
         });
     }
-    let mut lanes = [T::Acc::ZERO; MAX_LANES];
-    residue.store(&mut lanes);
-    lanes.iter().all(|&x| x == T::Acc::ZERO)
+    is_zero::<T, I>(residue)
 }
 
 /// `columns[d][i] = rows[i][d]` for `count` rows and `width` elements of each, both of whole vectors; strides are of each side.

@@ -117,16 +117,20 @@ pub fn add_scaled<T: SimdElement, I: Isa>(sums: &[T::Acc], factor: T::Acc, out: 
     }
 }
 
-/// Whether no element is infinite or NaN.
+/// Adds to `residue`, which is 0 as long as all elements are finite and NaN otherwise.
 #[inline(always)]
-pub fn is_finite<T: SimdElement, I: Isa>(row: &[T]) -> bool {
-    // x - x is 0 for finite x and NaN otherwise.
-    let mut residue = T::V::<I>::splat(T::Acc::ZERO);
+pub fn add_residue<T: SimdElement, I: Isa>(row: &[T], mut residue: T::V<I>) -> T::V<I> {
     for chunk in row.chunks(T::V::<I>::LANES) {
         let x = load_padded::<T, I>(chunk);
         residue = residue.add(x.sub(x));
     }
+    residue
+}
+
+/// Whether all lanes are 0.
+#[inline(always)]
+pub fn is_zero<T: SimdElement, I: Isa>(v: T::V<I>) -> bool {
     let mut lanes = [T::Acc::ZERO; MAX_LANES];
-    residue.store(&mut lanes);
+    v.store(&mut lanes);
     lanes.iter().all(|&x| x == T::Acc::ZERO)
 }

@@ -11,7 +11,7 @@
 //! | weights along the queries | `[block_k, along_queries]` |
 //! | sums | `[rows, row_stride]` |
 
-use super::load::{MAX_LANES, load_padded, load_rows};
+use super::load::{is_zero, load_padded, load_rows};
 use super::tile::{TileKernel, VectorTiles};
 use crate::dtype::Float;
 use crate::simd::{Isa, SimdElement, Vector, VectorKernel, tile};
@@ -92,9 +92,7 @@ impl<T: SimdElement, I: Isa> RowKernel<T> for VectorTiles<I> {
                 }
             }
         }
-        let mut lanes_of_residue = [T::Acc::ZERO; MAX_LANES];
-        residue.store(&mut lanes_of_residue);
-        lanes_of_residue[..lanes].iter().all(|&x| x == T::Acc::ZERO)
+        is_zero::<T, I>(residue)
     }
 
     #[inline(always)]

@@ -14,7 +14,7 @@
 //! | scores, then probabilities | `[block_k, W]`, then `[block_k / DEPTH, W]` |
 //! | accumulator | `[head_dim_v, W]` |
 
-use super::load::{is_finite, load_row};
+use super::load::{add_residue, is_zero, load_row};
 use super::row_tile::RowKernel;
 use crate::dtype::Float;
 use crate::index::KeyPlaces;
@@ -53,11 +53,11 @@ impl<'a, T: Copy> HeadRows<'a, T> {
     where
         T: SimdElement,
     {
-        let mut finite = true;
+        let mut residue = T::V::<I>::splat(T::Acc::ZERO);
         for i in 0..self.count {
-            finite &= is_finite::<T, I>(self.get(i));
+            residue = add_residue::<T, I>(self.get(i), residue);
         }
-        finite
+        is_zero::<T, I>(residue)
     }
 
     /// The same head's rows at `positions`.

@@ -184,7 +184,11 @@ pub fn backward<T: SimdElement>(
     if size_of::<T>() == size_of::<T::Acc>() {
         // The same type: sums are built where they are wanted.
         let data: &mut [T::Acc] = bytemuck::cast_slice_mut(data);
-        run(&RowTurns::new(zeroed(data, shape, strides), shape, strides, plan.panels()));
+        let writer = RowWriter::new(&mut *data, shape, strides);
+        let rows = shape[0] * shape[1] * shape[2];
+        for_each_tile(level, threads, rows.div_ceil(delta::ROWS), &Clear { out: &writer, shape });
+        drop(writer);
+        run(&RowTurns::new(data, shape, strides, plan.panels()));
         return;
     }
     let [_, tokens, heads, width] = shape;
@@ -195,20 +199,6 @@ pub fn backward<T: SimdElement>(
     let out = RowWriter::new(data, shape, strides);
     let rows = shape[0] * tokens * heads;
     for_each_tile(level, threads, rows.div_ceil(delta::ROWS), &Narrow { sums: &sums, out: &out, shape });
-}
-
-/// Clears the rows of an array, not what lies between them.
-fn zeroed<A: Float>(data: &mut [A], shape: [usize; 4], strides: [usize; 3]) -> &mut [A] {
-    let writer = RowWriter::new(&mut *data, shape, strides);
-    for batch in 0..shape[0] {
-        for token in 0..shape[1] {
-            for head in 0..shape[2] {
-                writer.row(batch, token, head).fill(A::ZERO);
-            }
-        }
-    }
-    drop(writer);
-    data
 }
 
 /// Writes zeros for keys that no segment holds.
@@ -291,6 +281,29 @@ impl<T: SimdElement> Task for Work<'_, T> {
     }
 }
 
+/// Clears the rows of an array, not what lies between them.
+struct Clear<'a, A: Float> {
+    out: &'a RowWriter<'a, A>,
+    shape: [usize; 4],
+}
+
+impl<A: Float> Task for Clear<'_, A> {
+    const MULTIPLIES_BF16: bool = false;
+
+    #[inline(always)]
+    fn run<I: Isa>(&self, index: usize) {
+        for [batch, token, head] in rows_of_task(index, self.shape) {
+            self.out.row(batch, token, head).fill(A::ZERO);
+        }
+    }
+}
+
+/// Batch, token and head of the rows of a task, of those of a `[B, S, H, D]` array.
+fn rows_of_task(index: usize, [batches, tokens, heads, _]: [usize; 4]) -> impl Iterator<Item = [usize; 3]> {
+    let rows = index * delta::ROWS..((index + 1) * delta::ROWS).min(batches * tokens * heads);
+    rows.map(move |row| [row / heads / tokens, row / heads % tokens, row % heads])
+}
+
 /// Rounds sums of the gradients of queries.
 struct Narrow<'a, T: SimdElement> {
     sums: &'a [T::Acc],
@@ -303,10 +316,8 @@ impl<T: SimdElement> Task for Narrow<'_, T> {
 
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
-        let [batches, tokens, heads, width] = self.shape;
-        let rows = batches * tokens * heads;
-        for row in index * delta::ROWS..((index + 1) * delta::ROWS).min(rows) {
-            let (batch, token, head) = (row / heads / tokens, row / heads % tokens, row % heads);
+        let [_, tokens, heads, width] = self.shape;
+        for [batch, token, head] in rows_of_task(index, self.shape) {
             let start = ((batch * heads + head) * tokens + token) * width;
             for (out, &x) in self.out.row(batch, token, head).iter_mut().zip(&self.sums[start..start + width]) {
                 *out = T::from_acc(x);
