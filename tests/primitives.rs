@@ -8,7 +8,7 @@ use subquad::dtype::{Element, Float};
 use subquad::index::KeyPlaces;
 use subquad::math::exp::exp2;
 use subquad::math::online_softmax::{Column, Exponential, log_sum_exp, probabilities, step};
-use subquad::math::tanh::tanh;
+use subquad::math::tanh::tanh_each;
 use subquad::math::tile::{HeadRows, TileKernel, VectorTiles};
 use subquad::simd::{Isa, Level, SimdElement, Task, Vector, VectorKernel};
 use subquad::tensor::Tensor;
@@ -76,8 +76,12 @@ impl<T: SimdElement> Task for Tanh<'_, T> {
     fn run<I: Isa>(&self, _index: usize) {
         let mut out = vec![T::Acc::ZERO; self.0.len()];
         let lanes = T::V::<I>::LANES;
-        for (x, y) in self.0.chunks_exact(lanes).zip(out.chunks_exact_mut(lanes)) {
-            tanh::<T, I>(T::V::<I>::load(x)).store(y);
+        // Each number beside another one in the same lane, and those that are left alone.
+        for (x, y) in self.0.chunks(3 * lanes).zip(out.chunks_mut(3 * lanes)) {
+            let load = |i: usize| T::V::<I>::load(&x[(i * lanes).min(x.len() - lanes)..]);
+            for (i, found) in tanh_each::<T, I, 3>([load(0), load(1), load(2)]).into_iter().enumerate() {
+                found.store(&mut y[(i * lanes).min(x.len() - lanes)..]);
+            }
         }
         *self.1.borrow_mut() = out;
     }

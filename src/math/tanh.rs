@@ -4,34 +4,20 @@ use super::load::MAX_LANES;
 use crate::dtype::Float;
 use crate::simd::{Isa, SimdElement, Vector};
 
-/// `tanh x = x P(x^2) / Q(x^2)` up to where it is 1, minimax in relative error.
-struct Rational<const N: usize> {
-    /// From here on, `tanh` is 1.
-    saturated: f64,
-    p: [f64; N],
-    q: [f64; N],
-}
+/// From here on, `tanh` is 1 in single precision.
+const SATURATED: f64 = 9.0;
+/// `tanh x = x P(x^2) / Q(x^2)` on `[0, 9]`, minimax in relative error: 2.1e-8, so that the arithmetic decides.
+const P: [f64; 5] = [
+    0.999_999_979_465_559_4,
+    0.133_810_216_334_861_9,
+    0.003_495_583_180_358_211_5,
+    2.060_899_318_058_115_6e-5,
+    1.335_452_320_561_348_7e-8,
+];
+/// See [`P`].
+const Q: [f64; 5] = [1.0, 0.467_143_372_306_064_1, 0.025_876_963_874_688_144, 3.285_626_394_700_981e-4, 7.776_504_853_140_801e-7];
 
-/// Relative error 2.1e-8, so that the arithmetic decides.
-const SINGLE: Rational<5> = Rational {
-    saturated: 9.0,
-    p: [
-        0.999_999_979_465_559_4,
-        0.133_810_216_334_861_9,
-        0.003_495_583_180_358_211_5,
-        2.060_899_318_058_115_6e-5,
-        1.335_452_320_561_348_7e-8,
-    ],
-    q: [1.0, 0.467_143_372_306_064_1, 0.025_876_963_874_688_144, 3.285_626_394_700_981e-4, 7.776_504_853_140_801e-7],
-};
-/// Relative error 1.7e-6, for the half types.
-const HALF: Rational<4> = Rational {
-    saturated: 7.0,
-    p: [0.999_998_967_488_392_4, 0.123_220_329_666_954_66, 0.002_293_068_978_862_905, 3.995_777_373_197_524e-6],
-    q: [1.0, 0.456_545_928_650_353_3, 0.021_151_522_104_203_77, 1.439_822_955_091_354_6e-4],
-};
-
-/// `tanh x`, within a few units in the last place of the accumulator, or what results that are stored as `T` need; NaN for NaN.
+/// `tanh x`, within a few units in the last place of the accumulator; NaN for NaN.
 #[inline(always)]
 pub fn tanh<T: SimdElement, I: Isa>(x: T::V<I>) -> T::V<I> {
     let [y] = tanh_each::<T, I, 1>([x]);
@@ -53,13 +39,8 @@ pub fn tanh_each<T: SimdElement, I: Isa, const N: usize>(x: [T::V<I>; N]) -> [T:
         }
         return results;
     }
-    if size_of::<T>() < size_of::<T::Acc>() { quotients::<T, I, 4, N>(x, &HALF) } else { quotients::<T, I, 5, N>(x, &SINGLE) }
-}
-
-#[inline(always)]
-fn quotients<T: SimdElement, I: Isa, const D: usize, const N: usize>(x: [T::V<I>; N], rational: &Rational<D>) -> [T::V<I>; N] {
     let splat = |c: f64| T::V::<I>::splat(T::Acc::from_f64(c));
-    let (highest, lowest) = (splat(rational.saturated), splat(-rational.saturated));
+    let (highest, lowest) = (splat(SATURATED), splat(-SATURATED));
     let (mut above, mut below) = (x, x);
     for i in 0..N {
         // The operand order of `max` keeps a NaN, which is none of the neighbour's business.
@@ -67,8 +48,8 @@ fn quotients<T: SimdElement, I: Isa, const D: usize, const N: usize>(x: [T::V<I>
         let x = x.select_gt(highest, highest, x);
         let finite = x.max(lowest);
         let square = finite.mul(finite);
-        above[i] = x.mul(polynomial::<T, I, D>(&rational.p, square));
-        below[i] = polynomial::<T, I, D>(&rational.q, square);
+        above[i] = x.mul(polynomial::<T, I>(&P, square));
+        below[i] = polynomial::<T, I>(&Q, square);
     }
     let mut i = 0;
     while i + 1 < N {
@@ -84,9 +65,9 @@ fn quotients<T: SimdElement, I: Isa, const D: usize, const N: usize>(x: [T::V<I>
 }
 
 #[inline(always)]
-fn polynomial<T: SimdElement, I: Isa, const N: usize>(coefficients: &[f64; N], x: T::V<I>) -> T::V<I> {
-    let mut sum = T::V::<I>::splat(T::Acc::from_f64(coefficients[N - 1]));
-    for &c in coefficients[..N - 1].iter().rev() {
+fn polynomial<T: SimdElement, I: Isa>(coefficients: &[f64; 5], x: T::V<I>) -> T::V<I> {
+    let mut sum = T::V::<I>::splat(T::Acc::from_f64(coefficients[4]));
+    for &c in coefficients[..4].iter().rev() {
         sum = sum.mul_add(x, T::V::<I>::splat(T::Acc::from_f64(c)));
     }
     sum
