@@ -3,7 +3,7 @@
 //!
 //! Neither reads the state: the forward keeps what rules have read of it, so that the first sweep is one product for each chunk. Some
 //! heads whose rows lie side by side take turns, as in the forward. Heads of values that share a head of queries and keys are of one
-//! task, and their gradients are summed in order.
+//! task, or, where there are few of those, of several that add to the same sums in a fixed order: so are their gradients.
 
 use super::apart::Apart;
 use super::gradient_buffers::{Work, work_len};
@@ -12,7 +12,9 @@ use super::pairs::Size;
 use super::rows::HeadRows;
 use super::{MOST_HEADS, Numbers, RecurrentArgs, Rule, TASKS_PER_THREAD};
 use crate::dtype::{DType, Element, Float};
-use crate::parallel::{RowWriter, for_each_tile};
+use crate::math::elementwise::add;
+use crate::math::load::MAX_LANES;
+use crate::parallel::{RowTurns, RowWriter, for_each_tile};
 use crate::simd::{Isa, Level, SimdElement, Task, Wide};
 use crate::tensor::Tensor;
 use crate::workspace::{Scratch, carve};
@@ -57,7 +59,16 @@ struct Sequences<'a, T: Element> {
     chunk: usize,
     /// Heads of queries and keys of a task.
     turns: usize,
+    /// Tasks among which the value heads of a head of queries and keys are divided.
+    parts: usize,
+    /// Sums of those, if there are several: `[B, T, H, rows * K]`, a place for each sequence, head and chunk.
+    shared: Option<&'a RowTurns<'a, T::Acc>>,
+    /// Places of a head.
+    places: usize,
 }
+
+/// Where there are fewer heads of queries and keys, their value heads are divided.
+const FEWEST_TASKS: usize = 16;
 
 /// Bytes of states of a task that stay allocated for the next one; tasks of several heads keep no more.
 const MOST_STATES: usize = 16 << 20;
@@ -81,10 +92,28 @@ pub fn backward<T: SimdElement>(
     let state = Head::new(&args.forward, *longest, 0, chunk).state_len() * size_of::<T::Acc>();
     let group = shape.num_value_heads / shape.num_heads.max(1);
     let states = group * (longest.len.div_ceil(chunk) + 1) * state;
-    let turns = sequences.len() * shape.num_heads / (TASKS_PER_THREAD * threads.max(1));
-    let turns = turns.min(MOST_STATES / states.max(1)).clamp(1, MOST_HEADS);
-    let tasks = sequences.len() * shape.num_heads.div_ceil(turns);
-    for_each_tile(args.forward.level(level), threads, tasks, &Sequences { args, gradients, chunk, turns });
+    let heads = sequences.len() * shape.num_heads;
+    let turns = (heads / (TASKS_PER_THREAD * threads.max(1))).min(MOST_STATES / states.max(1)).clamp(1, MOST_HEADS);
+    let level = args.forward.level(level);
+    // Of the shape alone: sums are grouped by it.
+    let parts = group.div_ceil(group.div_ceil(FEWEST_TASKS.div_ceil(heads.max(1))).max(1));
+    let places = longest.len.div_ceil(chunk);
+    if parts <= 1 {
+        let tasks = sequences.len() * shape.num_heads.div_ceil(turns);
+        let work = Sequences { args, gradients, chunk, turns, parts: 1, shared: None, places };
+        return for_each_tile(level, threads, tasks, &work);
+    }
+    let width = shared_rows(&args.forward) * shape.head_dim;
+    let mut sums = vec![T::Acc::ZERO; shape.batch * shape.seqlen * shape.num_heads * width];
+    let strides = [shape.seqlen * shape.num_heads * width, shape.num_heads * width, width];
+    let shared = RowTurns::new(&mut sums, [shape.batch, shape.seqlen, shape.num_heads, width], strides, heads * places);
+    let work = Sequences { args, gradients, chunk, turns: 1, parts, shared: Some(&shared), places };
+    for_each_tile(level, threads, heads * parts, &work);
+}
+
+/// Rows of each token that value heads share: queries and keys, `a` and `b`.
+fn shared_rows<T: Element>(args: &RecurrentArgs<'_, T>) -> usize {
+    if matches!(args.rule, Rule::LowRank { .. }) { 4 } else { 2 }
 }
 
 impl<T: SimdElement> Task for Sequences<'_, T>
@@ -96,14 +125,21 @@ where
 
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
+        let _watch = self.shared.map(RowTurns::watch);
         let args = &self.args.forward;
         let shape = &args.shape;
+        let (index, part) = (index / self.parts, index % self.parts);
         let groups = shape.num_heads.div_ceil(self.turns);
         let (number, first) = (index / groups, index % groups * self.turns);
         let group = shape.num_value_heads / shape.num_heads.max(1);
         let sequence = args.sequences[number];
         let start = Head::new(args, sequence, first * group, self.chunk);
-        let heads = first * group..shape.num_heads.min(first + self.turns) * group;
+        let mut heads = first * group..shape.num_heads.min(first + self.turns) * group;
+        let own = group.div_ceil(self.parts);
+        if self.parts > 1 {
+            heads = heads.start + part * own..heads.end.min(heads.start + (part + 1) * own);
+        }
+        let own = own.min(heads.len());
         let (len, chunks) = (start.state_len(), sequence.len.div_ceil(self.chunk));
         let flat = shape.head_dim * shape.head_dim_v;
         // The state before each chunk, and that after the last one, of each head.
@@ -143,8 +179,8 @@ where
             for (member, (head, d_state)) in heads.clone().zip(d_states.chunks_mut(len)).enumerate() {
                 let head = Head { index: head, ..start.at(i * self.chunk) };
                 let state = &states[(member * (chunks + 1) + i) * len..][..len];
-                apart.take::<I>(&head, member % group == 0, (state, d_state), (&mut chunk, &mut work));
-                if member % group + 1 == group {
+                apart.take::<I>(&head, member % own == 0, (state, d_state), (&mut chunk, &mut work));
+                if member % own + 1 == own && self.add_shared::<I>(&head, (number, part), &mut work) {
                     self.write_shared::<I>(&head, &work);
                 }
             }
@@ -179,6 +215,32 @@ impl<T: SimdElement> Sequences<'_, T>
 where
     T::Acc: Wide,
 {
+    /// Adds the part's gradients of the rows that value heads share to those of earlier parts; returns whether they are those of all.
+    #[inline(always)]
+    fn add_shared<I: Isa>(&self, head: &Head<'_, T>, (number, part): (usize, usize), work: &mut Work<'_, T::Acc>) -> bool {
+        let Some(shared) = self.shared else { return true };
+        let (shape, stride) = (&self.args.forward.shape, head.size.stride);
+        let (of, width) = (shape.head_of(head.index), shape.head_dim);
+        let place = (number * shape.num_heads + of) * self.places + head.first / head.size.chunk;
+        let mut turn = shared.wait(place, part);
+        for i in 0..head.count {
+            let row = turn.row(head.sequence.batch, head.sequence.first + head.first + i, of);
+            for (total, sum) in work.totals.iter_mut().zip(row.chunks_exact_mut(width.max(1))) {
+                let total = &mut total[i * stride..][..head.size.width];
+                if part > 0 {
+                    // Whole vectors, of which the sums have only the channels.
+                    let mut earlier = [T::Acc::ZERO; MAX_LANES];
+                    for (total, sum) in total.chunks_exact_mut(MAX_LANES).zip(sum.chunks(MAX_LANES)) {
+                        earlier[..sum.len()].copy_from_slice(sum);
+                        add::<T::Acc, I>(total, &earlier);
+                    }
+                }
+                sum.copy_from_slice(&total[..width]);
+            }
+        }
+        part + 1 == self.parts
+    }
+
     /// Writes the gradients of the rows that value heads share.
     #[inline(always)]
     fn write_shared<I: Isa>(&self, head: &Head<'_, T>, work: &Work<'_, T::Acc>) {
