@@ -3,8 +3,8 @@
 use super::{RecurrentArgs, Sequence};
 use crate::dtype::{Element, Float};
 use crate::math::elementwise::{scale, sum_of_lanes};
-use crate::math::load::{load_padded, store_padded, store_scaled};
-use crate::simd::{Isa, SimdElement, Vector, Wide, prefetch};
+use crate::math::load::{load_padded, load_row, store_padded, store_scaled};
+use crate::simd::{Isa, SimdElement, Vector, VectorKernel, Wide, prefetch};
 use crate::tensor::Tensor;
 
 /// What is added to a squared length before it divides, as in flash-linear-attention.
@@ -79,6 +79,35 @@ impl<T: SimdElement> HeadRows<'_, T> {
         if factor.to_bits() != 1f64.to_bits() {
             scale::<T::Acc, I>(into, T::Acc::from_f64(factor));
         }
+    }
+}
+
+impl<T: SimdElement> HeadRows<'_, T> {
+    /// Writes the row of a token as operands of products, zeros beyond it; returns sums of its squares, and only of those if lengths matter.
+    #[inline(always)]
+    pub fn read_operands<I: Isa>(&self, sequence: &Sequence, token: usize, into: &mut [T::Acc]) -> T::V<I> {
+        let row = self.tensor.row(sequence.batch, sequence.first + token, self.head);
+        let mut sums = [T::V::<I>::splat(T::Acc::ZERO); 2];
+        let mut d = 0;
+        while d < into.len() {
+            let operands = load_row::<T, I>(row.get(d * T::Kernel::<I>::DEPTH..).unwrap_or_default());
+            operands.store(&mut into[d..]);
+            if self.l2norm {
+                sums = [T::Kernel::<I>::mul_acc(operands, operands, sums[1]), sums[0]];
+            }
+            d += T::V::<I>::LANES;
+        }
+        sums[0].add(sums[1])
+    }
+
+    /// What the row of a token is to be multiplied by, given the sum of its squares.
+    #[inline(always)]
+    pub fn factor_of(&self, sequence: &Sequence, token: usize, square: f64) -> f64 {
+        if !self.l2norm {
+            return self.factor;
+        }
+        let row = self.tensor.row(sequence.batch, sequence.first + token, self.head);
+        self.factor * if square.is_finite() { inverse(square) } else { inverse_length(row) }
     }
 }
 
