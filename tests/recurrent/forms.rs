@@ -88,6 +88,21 @@ fn lengths_and_orders_of_states() {
 }
 
 #[test]
+fn squares_of_rows_may_overflow() {
+    for writes in [Writes::Values, Writes::Corrections] {
+        let mut case = Case { l2norm: true, ..Case::<bf16>::new(shape(90, (1, 2), (72, 40)), (Fades::ByStep, writes), 0.1) };
+        for rows in [&mut case.q, &mut case.k] {
+            for row in rows.chunks_exact_mut(72).skip(3).step_by(7) {
+                for x in row {
+                    *x = bf16::from_f64(x.to_f64() * 100f64.exp2());
+                }
+            }
+        }
+        case.check(0.1, 1e-2);
+    }
+}
+
+#[test]
 fn what_is_not_finite_does_not_reach_back() {
     let (bad, row) = (75, 40);
     for writes in [Writes::Values, Writes::ScaledValues, Writes::Corrections] {

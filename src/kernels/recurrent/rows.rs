@@ -3,12 +3,15 @@
 use super::{RecurrentArgs, Sequence};
 use crate::dtype::{Element, Float};
 use crate::math::elementwise::{scale, sum_of_lanes};
-use crate::math::load::{load_padded, load_row, store_padded, store_scaled};
+use crate::math::load::{MAX_LANES, load_padded, load_row, store_padded, store_scaled};
 use crate::simd::{Isa, SimdElement, Vector, VectorKernel, Wide, prefetch};
 use crate::tensor::Tensor;
 
 /// What is added to a squared length before it divides, as in flash-linear-attention.
 const L2_EPS: f64 = 1e-6;
+
+/// Products of rows whose squares sum to less than this are far from overflow.
+const LARGE_SQUARE: f64 = (1u64 << 60) as f64;
 
 /// Writes one row of inputs, zeros beyond it up to the end of `into`, which has whole vectors.
 #[inline(always)]
@@ -100,14 +103,27 @@ impl<T: SimdElement> HeadRows<'_, T> {
         sums[0].add(sums[1])
     }
 
-    /// What the row of a token is to be multiplied by, given the sum of its squares.
+    /// What the operands of a row are to be multiplied by, given the sum of its squares. A row whose products could overflow before that is
+    /// written anew, times a power of two.
     #[inline(always)]
-    pub fn factor_of(&self, sequence: &Sequence, token: usize, square: f64) -> f64 {
+    pub fn factor_of<I: Isa>(&self, sequence: &Sequence, token: usize, square: f64, operands: &mut [T::Acc]) -> f64 {
         if !self.l2norm {
             return self.factor;
         }
+        if square < LARGE_SQUARE {
+            return self.factor * inverse(square);
+        }
         let row = self.tensor.row(sequence.batch, sequence.first + token, self.head);
-        self.factor * if square.is_finite() { inverse(square) } else { inverse_length(row) }
+        let inverse = inverse_length(row);
+        let power = if inverse > 0.0 { inverse.log2().floor().exp2() } else { 1.0 };
+        for d in (0..operands.len()).step_by(T::V::<I>::LANES) {
+            let mut scaled = [T::zeroed(); 2 * MAX_LANES];
+            for (scaled, x) in scaled.iter_mut().zip(row.get(d * T::Kernel::<I>::DEPTH..).unwrap_or_default()) {
+                *scaled = T::from_acc(T::Acc::from_f64(x.to_acc().to_f64() * power));
+            }
+            load_row::<T, I>(&scaled).store(&mut operands[d..]);
+        }
+        self.factor * (inverse / power)
     }
 }
 

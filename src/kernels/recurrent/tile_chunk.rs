@@ -72,8 +72,8 @@ pub fn tile_chunk_len<T: SimdElement>(args: &RecurrentArgs<'_, T>, chunk: usize)
 }
 
 impl<'s, A: Float> TileChunk<'s, A> {
-    #[expect(clippy::mut_mut, reason = "what is left of the scratch")]
     /// Takes the buffers from what is left of the scratch.
+    #[expect(clippy::mut_mut, reason = "what is left of the scratch")]
     pub fn carve<T: SimdElement<Acc = A>>(head: &Head<'_, T>, rest: &mut &'s mut [A]) -> Self {
         let (pairs, chunk) = (pairs_of(head.args.shape.head_dim), head.size.chunk);
         let values = chunk * head.stride_v;
@@ -107,7 +107,7 @@ struct Weights<A> {
 }
 
 /// A head at a chunk that is worked on by tiles.
-pub struct Tiled<'h, 'a, T: SimdElement> {
+struct Tiled<'h, 'a, T: SimdElement> {
     head: &'h Head<'a, T>,
     /// Sums of the gates before each row, and of all, if there are any.
     gates: Option<&'h [f64; MAX_CHUNK + 1]>,
@@ -188,8 +188,9 @@ where
                 let mut sums = [T::Acc::ZERO; TILE];
                 T::V::<I>::sum_rows(squares).store(&mut sums);
                 for i in first..count.min(first + TILE) {
-                    let factor = array.factor_of(&head.sequence, head.first + i, sums[i - first].to_f64());
-                    factors[i] = T::Acc::from_f64(factor);
+                    let row = &mut rows[i * stride..][..pairs];
+                    let square = sums[i - first].to_f64();
+                    factors[i] = T::Acc::from_f64(array.factor_of::<I>(&head.sequence, head.first + i, square, row));
                 }
             }
         }
@@ -234,6 +235,7 @@ where
         }
     }
 
+    /// Pairs of tokens, in whole tiles.
     fn pairs_of_tokens(&self) -> usize {
         self.head.size.rows.next_multiple_of(STEP) / 2
     }
@@ -243,6 +245,7 @@ where
         if self.reads { 2 } else { 1 }
     }
 
+    /// Rounds the state.
     #[inline(always)]
     fn pack_state<I: Isa>(&self, work: &mut TileChunk<'_, T::Acc>, state: &[T::Acc]) {
         let (state, size) = ((cast_slice(state), self.head.stride_v), [self.head.size.width, self.head.width_v]);
