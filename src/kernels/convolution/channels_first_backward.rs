@@ -1,14 +1,13 @@
 //! Gradients where tokens are contiguous: the formulas of `tokens_first_backward`, with tokens in the lanes.
 
 use super::args::{ConvArgs, ConvGradients, ConvGradientsOut, Run};
-use super::channels_first::{Filter, SPAN, Staged, TOGETHER, stage_past};
+use super::channels_first::{AHEAD, Filter, SPAN, Staged, TOGETHER, stage_past};
 use super::plan::runs_of;
 use crate::dtype::Float;
-use crate::math::elementwise::sum_of_lanes;
 use crate::math::load::{MAX_LANES, load_padded, store_padded, widen};
 use crate::math::silu::silu_slope_each;
 use crate::parallel::RowWriter;
-use crate::simd::{Isa, SimdElement, Task, Vector, Wide};
+use crate::simd::{Isa, SimdElement, Task, Vector, Wide, prefetch_lines, prefetch_lines_to_write};
 use crate::workspace::{Scratch, carve};
 
 /// Tasks are rows of the batch times groups of channels.
@@ -93,6 +92,7 @@ where
                 for (j, &tap) in filter.taps.iter().enumerate() {
                     dx = T::V::<I>::load(&line.g[t - start + reach - j..]).mul_add(T::V::<I>::splat(tap), dx);
                 }
+                prefetch_lines_to_write(out.as_ptr().wrapping_add(t + AHEAD), T::V::<I>::LANES);
                 store_padded::<T, I>(dx, &mut out[t..end]);
                 t += T::V::<I>::LANES;
             }
@@ -128,10 +128,14 @@ where
         }
         let of_span = run.first + start..run.first + end;
         stage_past(args, run, (channel, start), line.x);
-        widen::<T, I>(&args.x.row(run.batch, channel, 0)[of_span.clone()], &mut line.x[reach..]);
+        let x = &args.x.row(run.batch, channel, 0)[of_span.clone()];
+        widen::<T, I>(x, &mut line.x[reach..]);
         let d_out = &self.given.d_out.row(run.batch, channel, 0)[of_span];
         let mut t = 0;
         while t + TOGETHER * T::V::<I>::LANES <= d_out.len() {
+            for rows in [x, d_out] {
+                prefetch_lines(rows.as_ptr().wrapping_add(t + AHEAD), TOGETHER * T::V::<I>::LANES);
+            }
             weigh::<T, I, TOGETHER>(args.silu, d_out, filter, line, t);
             t += TOGETHER * T::V::<I>::LANES;
         }
@@ -184,32 +188,46 @@ fn sum_filter<T: SimdElement, I: Isa>(line: &mut Line<'_, T::Acc>, count: usize,
 where
     T::Acc: Wide,
 {
-    let mut j = 0;
-    while j + TOGETHER <= width {
-        sum_taps::<T, I, TOGETHER>(line, count, j);
-        j += TOGETHER;
-    }
-    while j < width {
-        sum_taps::<T, I, 1>(line, count, j);
-        j += 1;
-    }
-    let lanes = T::V::<I>::LANES;
-    let mut sums = [T::V::<I>::splat(T::Acc::ZERO); 2];
-    for t in (0..count & !(lanes - 1)).step_by(lanes) {
-        sums = [sums[1], sums[0].add(T::V::<I>::load(&line.g[t..]))];
-    }
-    let rest = line.g[count & !(lanes - 1)..count].iter().fold(T::Acc::ZERO, |sum, &g| sum + g);
-    line.sums[width] = line.sums[width] + rest + T::Acc::from_f64(sum_of_lanes::<T, I>(sums[0].add(sums[1])));
-}
-
-/// Adds to the gradients of `N` taps from `j` on.
-#[inline(always)]
-fn sum_taps<T: SimdElement, I: Isa, const N: usize>(line: &mut Line<'_, T::Acc>, count: usize, j: usize)
-where
-    T::Acc: Wide,
-{
     let lanes = T::V::<I>::LANES;
     let whole = count & !(lanes - 1);
+    // Lanes are summed for as many taps as there are.
+    for first in (0..=width).step_by(lanes) {
+        let last = (first + lanes).min(width + 1);
+        let taps = last.min(width) - first;
+        let mut block = T::V::<I>::zero_block();
+        let sums = block.as_mut();
+        let mut i = 0;
+        while i + TOGETHER <= taps {
+            sums[i..i + TOGETHER].copy_from_slice(&sum_taps::<T, I, TOGETHER>(line, whole, first + i));
+            i += TOGETHER;
+        }
+        while i < taps {
+            [sums[i]] = sum_taps::<T, I, 1>(line, whole, first + i);
+            i += 1;
+        }
+        if last > width {
+            let mut sum = T::V::<I>::splat(T::Acc::ZERO);
+            for t in (0..whole).step_by(lanes) {
+                sum = sum.add(T::V::<I>::load(&line.g[t..]));
+            }
+            sums[taps] = sum;
+        }
+        let mut found = [T::Acc::ZERO; MAX_LANES];
+        T::V::<I>::sum_rows(block).store(&mut found);
+        for (j, found) in (first..last).zip(found) {
+            let mut total = line.sums[j] + found;
+            for t in whole..count {
+                total = total + if j < width { line.g[t] * line.x[t + j] } else { line.g[t] };
+            }
+            line.sums[j] = total;
+        }
+    }
+}
+
+/// Sums for the gradients of `N` taps from `j` on, lane by lane.
+#[inline(always)]
+fn sum_taps<T: SimdElement, I: Isa, const N: usize>(line: &Line<'_, T::Acc>, whole: usize, j: usize) -> [T::V<I>; N] {
+    let lanes = T::V::<I>::LANES;
     let mut sums = [T::V::<I>::splat(T::Acc::ZERO); N];
     let mut t = 0;
     while t < whole {
@@ -220,11 +238,5 @@ where
         }
         t += lanes;
     }
-    for (i, sum) in sums.into_iter().enumerate() {
-        let mut total = line.sums[j + i] + T::Acc::from_f64(sum_of_lanes::<T, I>(sum));
-        for t in whole..count {
-            total = total + line.g[t] * line.x[t + j + i];
-        }
-        line.sums[j + i] = total;
-    }
+    sums
 }
