@@ -160,15 +160,16 @@ pub fn decays<T: SimdElement, I: Isa>(exponents: &[T::Acc], out: &mut [T::Acc]) 
 /// Whether no element of `count` rows is infinite or NaN.
 #[inline(always)]
 pub fn are_finite<T: SimdElement, I: Isa>((rows, stride): (&[T::Acc], usize), [count, width]: [usize; 2]) -> bool {
-    // x - x is 0 for finite x and NaN otherwise.
-    let mut residue = T::V::<I>::splat(T::Acc::ZERO);
+    // x - x is 0 for finite x and NaN otherwise; as many sums as additions are on their way take turns.
+    let mut residues = [T::V::<I>::splat(T::Acc::ZERO); 4];
     for i in 0..count {
+        let row = &rows[i * stride..][..width];
         each_vector!(T, I, width, d, {
-            let x = T::V::<I>::load(&rows[i * stride + d..]);
-            residue = residue.add(x.sub(x));
+            let x = T::V::<I>::load(&row[d..]);
+            residues = [residues[1], residues[2], residues[3], residues[0].add(x.sub(x))];
         });
     }
-    is_zero::<T, I>(residue)
+    is_zero::<T, I>(residues[0].add(residues[1]).add(residues[2].add(residues[3])))
 }
 
 /// `columns[d][i] = rows[i][d]` for `count` rows and `width` elements of each, both of whole vectors; strides are of each side.

@@ -16,6 +16,7 @@ pub mod score_pass;
 pub mod silu;
 pub mod tanh;
 pub mod tile;
+pub mod tile_packing;
 pub mod tile_product;
 pub mod triangular;
 pub mod weigh;

@@ -1,14 +1,12 @@
 //! Products of small float32 matrices by matrix tiles, operands rounded to bf16.
 
 use super::elementwise::scale;
-use super::load::load_padded;
 use super::product::{Factors, Pair, Rows, Start};
-use crate::simd::{Isa, SimdElement, TileOperands, Vector, VectorKernel};
+use super::tile_packing::{TILE, pack_columns, pack_matrix, pack_rows};
+use crate::simd::{Isa, SimdElement, TileOperands, Vector};
 use crate::workspace::Scratch;
 use bytemuck::{cast_slice, cast_slice_mut};
 
-/// Rows, and columns, of a tile; pairs of operands of one step.
-const TILE: usize = 16;
 /// Rows, depth and columns that are packed at a time: both operands stay in L2.
 const BLOCK: [usize; 3] = [128, 512, 256];
 
@@ -42,7 +40,8 @@ pub fn multiply<T: SimdElement, I: Isa>(
         let count = BLOCK[1].min(depth - k);
         for n in (0..width).step_by(BLOCK[2]) {
             let columns = BLOCK[2].min(width - n);
-            pack_matrix::<I>(cast_slice(&matrix.data[k * matrix.stride + n..]), matrix.stride, [count, columns], (b, b_stride));
+            let data = (cast_slice(&matrix.data[k * matrix.stride + n..]), matrix.stride);
+            pack_matrix::<I, 1>(data, [count, columns], [&mut *b], b_stride);
             for (factors, sums) in &mut *results {
                 for i in (0..rows).step_by(BLOCK[0]) {
                     let rows = BLOCK[0].min(rows - i);
@@ -56,7 +55,7 @@ pub fn multiply<T: SimdElement, I: Isa>(
                     let sums = &mut sums[at..];
                     let start = if k > 0 { Start::Sums } else { start.at(i, at) };
                     let operands = TileOperands { a, a_stride, a_step: TILE, b, b_stride, steps: count.div_ceil(2 * TILE) };
-                    tiles::<T, I>(start, operands, (sums, stride), [rows, columns]);
+                    multiply_packed::<T, I>(start, operands, (sums, stride), [rows, columns]);
                 }
             }
         }
@@ -84,9 +83,9 @@ fn begin<T: SimdElement, I: Isa>(start: Start<'_, T::Acc>, (sums, stride): (&mut
     }
 }
 
-/// Products of packed operands.
+/// Sums of products of packed operands: whole tiles of columns, any number of rows.
 #[inline(always)]
-fn tiles<T: SimdElement, I: Isa>(
+pub fn multiply_packed<T: SimdElement, I: Isa>(
     start: Start<'_, T::Acc>,
     operands: TileOperands<'_>,
     (sums, stride): (&mut [T::Acc], usize),
@@ -138,60 +137,5 @@ fn last_rows<I: Isa>(operands: TileOperands<'_>, (sums, stride): (&mut [f32], us
     }
     for (from, to) in copied() {
         sums[to..to + width].copy_from_slice(&whole[from..from + width]);
-    }
-}
-
-/// Packs factors whose rows are contiguous: pairs along them, zeros to the end of the last tiles.
-#[inline(always)]
-fn pack_rows<I: Isa>(data: &[f32], row: usize, [rows, depth]: [usize; 2], (packed, stride): (&mut [f32], usize)) {
-    let whole = depth / (2 * TILE) * TILE;
-    for (i, packed) in packed.chunks_exact_mut(stride).enumerate().take(rows.next_multiple_of(TILE)) {
-        if i >= rows {
-            packed.fill(0.0);
-            continue;
-        }
-        let from = &data[i * row..][..depth];
-        for (packed, from) in packed[..whole].chunks_exact_mut(TILE).zip(from.chunks_exact(2 * TILE)) {
-            I::Bf16::fold_adjacent([I::F32::load(from), I::F32::load(&from[TILE..])])[0].store(packed);
-        }
-        if 2 * whole < depth {
-            let rest = &from[2 * whole..];
-            let halves = [load_padded::<f32, I>(rest), load_padded::<f32, I>(rest.get(TILE..).unwrap_or_default())];
-            I::Bf16::fold_adjacent(halves)[0].store(&mut packed[whole..]);
-        }
-    }
-}
-
-/// As [`pack_rows`], for factors whose columns are contiguous, `step` apart.
-#[inline(always)]
-fn pack_columns<I: Isa>(data: &[f32], step: usize, [rows, depth]: [usize; 2], (packed, stride): (&mut [f32], usize)) {
-    for k in (0..depth).step_by(2 * TILE) {
-        for i in (0..rows).step_by(TILE) {
-            let mut block = I::F32::zero_block();
-            for (pair, operand) in block.as_mut().iter_mut().enumerate() {
-                let mut halves = [I::F32::splat(0.0); 2];
-                for (half, column) in halves.iter_mut().zip(k + 2 * pair..depth) {
-                    *half = load_padded::<f32, I>(&data[column * step..][i..rows.min(i + TILE)]);
-                }
-                *operand = I::Bf16::fold(halves);
-            }
-            let block = I::F32::transpose(block);
-            for (packed, &operands) in packed[i * stride..].chunks_mut(stride).zip(block.as_ref()) {
-                operands.store(&mut packed[k / 2..]);
-            }
-        }
-    }
-}
-
-/// Packs a matrix: pairs of rows, zeros beyond the last one to the end of the last tiles.
-#[inline(always)]
-fn pack_matrix<I: Isa>(data: &[f32], row: usize, [depth, columns]: [usize; 2], (packed, stride): (&mut [f32], usize)) {
-    let zeros = [0.0; BLOCK[2]];
-    for (pair, packed) in packed.chunks_exact_mut(stride).enumerate().take(depth.next_multiple_of(2 * TILE) / 2) {
-        let [first, second] = [2 * pair, 2 * pair + 1].map(|k| if k < depth { &data[k * row..] } else { &zeros });
-        let rows = first[..columns].chunks_exact(TILE).zip(second[..columns].chunks_exact(TILE));
-        for (packed, (first, second)) in packed[..columns].chunks_exact_mut(TILE).zip(rows) {
-            I::Bf16::fold([I::F32::load(first), I::F32::load(second)]).store(packed);
-        }
     }
 }

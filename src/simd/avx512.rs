@@ -403,6 +403,14 @@ impl Bf16Pairs for Avx512Bf16 {
         }
     }
     #[inline(always)]
+    fn widen_pairs(pairs: F32x16) -> [F32x16; 2] {
+        unsafe {
+            let bits = _mm512_castps_si512(pairs.0);
+            let second = _mm512_and_si512(bits, _mm512_set1_epi32(!0xffff));
+            [F32x16(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))), F32x16(_mm512_castsi512_ps(second))]
+        }
+    }
+    #[inline(always)]
     fn zip(first: &[bf16], second: &[bf16]) -> F32x16 {
         unsafe {
             let high = _mm512_slli_epi32::<16>(extend_bf16(second));

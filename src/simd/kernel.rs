@@ -32,6 +32,8 @@ pub trait VectorKernel<T: SimdElement>: 'static {
     fn fold_adjacent(probs: [Self::V; 2]) -> [Self::V; 2];
     /// Operands of `DEPTH` vectors of probabilities; `probs[DEPTH..]` is ignored.
     fn fold(probs: [Self::V; 2]) -> Self::V;
+    /// What [`VectorKernel::fold`] has rounded its vectors to; `[DEPTH..]` is undefined.
+    fn widen(operands: Self::V) -> [Self::V; 2];
     /// Probability `index < DEPTH` of a folded operand.
     fn unfold(operand: T::Acc, index: usize) -> T::Acc;
     /// `acc + a . b`.
@@ -75,6 +77,10 @@ impl<I: Isa, T: SimdElement> VectorKernel<T> for Widen<I, T> {
     #[inline(always)]
     fn fold(probs: [Self::V; 2]) -> Self::V {
         probs[0]
+    }
+    #[inline(always)]
+    fn widen(operands: Self::V) -> [Self::V; 2] {
+        [operands; 2]
     }
     #[inline(always)]
     fn unfold(operand: T::Acc, _index: usize) -> T::Acc {
@@ -121,6 +127,10 @@ impl<I: Bf16Pairs> VectorKernel<bf16> for PairDot<I> {
     #[inline(always)]
     fn fold(probs: [Self::V; 2]) -> Self::V {
         I::round_pairs(probs[0], probs[1])
+    }
+    #[inline(always)]
+    fn widen(operands: Self::V) -> [Self::V; 2] {
+        I::widen_pairs(operands)
     }
     #[inline(always)]
     fn unfold(operand: f32, index: usize) -> f32 {

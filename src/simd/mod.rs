@@ -132,6 +132,8 @@ pub trait Bf16Pairs: Isa {
     fn dot(a: Self::F32, b: Self::F32, acc: Self::F32) -> Self::F32;
     /// Rounds two vectors to bf16 and interleaves them lane by lane.
     fn round_pairs(first: Self::F32, second: Self::F32) -> Self::F32;
+    /// The two vectors whose lanes are interleaved.
+    fn widen_pairs(pairs: Self::F32) -> [Self::F32; 2];
     /// Interleaves the first `F32::LANES` elements of two rows.
     fn zip(first: &[bf16], second: &[bf16]) -> Self::F32;
     /// Reads `F32::LANES` adjacent pairs.

@@ -5,7 +5,7 @@ use crate::compare::compare;
 use crate::stream::widen;
 use half::bf16;
 use subquad::dtype::Element;
-use subquad::kernels::recurrent::{Form, forward, naive};
+use subquad::kernels::recurrent::{Form, Sequence, forward, naive};
 use subquad::simd::{Level, SimdElement, Wide};
 
 impl<T: SimdElement> Case<T>
@@ -66,11 +66,59 @@ fn every_decay_and_rule_in_half_precision() {
 }
 
 #[test]
+fn what_is_written_back_has_no_errors_of_half_precision() {
+    for fades in [Fades::Never, Fades::ByHead, Fades::ByStep, Fades::ByChannel] {
+        let case = Case { l2norm: true, ..Case::<bf16>::new(shape(200, (1, 2), (72, 40)), (fades, Writes::Corrections), 0.01) };
+        let want = case.run(false, naive::forward).1;
+        for level in Level::available() {
+            let got = case.run(false, |args, out| forward(args, out, Form::Auto, level, 2)).1;
+            compare(&widen(&got), &widen(&want), 5e-5, &format!("state, {fades:?} {}", level.name()));
+        }
+    }
+}
+
+#[test]
 fn lengths_and_orders_of_states() {
     for (l2norm, v_first) in [(true, false), (false, true), (true, true)] {
         for seqlen in [5, 70] {
             let case = Case::<f64>::new(shape(seqlen, (1, 2), (20, 12)), (Fades::ByStep, Writes::Corrections), 0.5);
             Case { l2norm, v_first, ..case }.check(0.5, 1e-12);
+        }
+    }
+}
+
+#[test]
+fn squares_of_rows_may_overflow() {
+    for writes in [Writes::Values, Writes::Corrections] {
+        let mut case = Case { l2norm: true, ..Case::<bf16>::new(shape(90, (1, 2), (72, 40)), (Fades::ByStep, writes), 0.1) };
+        for rows in [&mut case.q, &mut case.k] {
+            for row in rows.chunks_exact_mut(72).skip(3).step_by(7) {
+                for x in row {
+                    *x = bf16::from_f64(x.to_f64() * 100f64.exp2());
+                }
+            }
+        }
+        case.check(0.1, 1e-2);
+    }
+}
+
+#[test]
+fn what_is_not_finite_does_not_reach_back() {
+    let (bad, row) = (75, 40);
+    for writes in [Writes::Values, Writes::ScaledValues, Writes::Corrections] {
+        let clean = Case::<bf16>::new(shape(bad + 20, (1, 1), (32, row)), (Fades::ByStep, writes), 0.3);
+        let sequences = vec![Sequence { batch: 0, first: 0, len: bad + 20 }];
+        let clean = Case { sequences, ..clean };
+        for level in Level::available() {
+            for poison in [f32::NAN, f32::INFINITY] {
+                let mut case = clean.clone();
+                case.v[bad * row] = bf16::from_f32(poison);
+                let [got, want] =
+                    [&case, &clean].map(|case| case.run(false, |args, out| forward(args, out, Form::Auto, level, 1)).0);
+                let before = bad * row;
+                compare(&widen(&got[..before]), &widen(&want[..before]), 1e-2, &format!("{writes:?} {poison} {}", level.name()));
+                assert!(!got[before].is_finite(), "{writes:?} {poison} {}", level.name());
+            }
         }
     }
 }

@@ -14,9 +14,9 @@ use crate::workspace::{Scratch, carve};
 /// Tokens that are staged at a time, so that they stay in L1.
 pub(super) const SPAN: usize = 1024;
 /// How many tokens ahead inputs and outputs are requested; beyond the end that is in the next channel's.
-const AHEAD: usize = SPAN;
+pub(super) const AHEAD: usize = SPAN;
 /// Vectors of tokens that are worked on in step.
-const TOGETHER: usize = 4;
+pub(super) const TOGETHER: usize = 4;
 
 /// Tasks are rows of the batch times groups of channels.
 pub struct Forward<'a, T: SimdElement> {

@@ -10,7 +10,7 @@ use super::taps::{Taps, place};
 use super::tokens_first::{TILE, WINDOW};
 use crate::dtype::Float;
 use crate::math::load::{MAX_LANES, load_padded, store_padded, widen};
-use crate::math::silu::silu_slope;
+use crate::math::silu::silu_slope_each;
 use crate::parallel::RowWriter;
 use crate::simd::{Isa, SimdElement, Task, Vector, Wide, prefetch_lines};
 use crate::workspace::{Scratch, carve};
@@ -138,7 +138,8 @@ where
                     for j in 0..width {
                         y = T::V::<I>::load(&block.rows[j * stride + d..]).mul_add(T::V::<I>::load(&taps[j * MAX_LANES..]), y);
                     }
-                    g = g.mul(silu_slope::<T, I>(y));
+                    let [slope] = silu_slope_each::<T, I, 1>([y]);
+                    g = g.mul(slope);
                 }
                 if at < piece.end {
                     let sums = &mut block.sums[place(d, width + 1)..];
@@ -274,8 +275,8 @@ where
                     y[r] = window[r + j].mul_add(tap, y[r]);
                 }
             }
-            for (g, y) in g.iter_mut().zip(y) {
-                *g = g.mul(silu_slope::<T, I>(y));
+            for (g, slope) in g.iter_mut().zip(silu_slope_each::<T, I, TILE>(y)) {
+                *g = g.mul(slope);
             }
         }
         let sums = &mut block.sums[place(d, W + 1)..];

@@ -130,12 +130,19 @@ pub struct RecurrentArgs<'a, T: Element> {
 }
 
 impl<T: Element> RecurrentArgs<'_, T> {
-    /// The level at which the call is computed. What rules read of the state they write back to it: with a `beta` of 2 nothing that matrix
-    /// tiles have rounded ever fades.
+    /// The level at which rows that are faded are multiplied. What rules read of the state they write back to it: with a `beta` of 2 nothing
+    /// that matrix tiles have rounded ever fades.
     pub fn level(&self, level: Level) -> Level {
         match self.rule {
             Rule::Additive(_) => level,
             Rule::Delta(_) | Rule::LowRank { .. } => level.without_tiles(),
         }
+    }
+
+    /// Whether all that is made of queries and keys are factors of theirs, so that products can be of the rows as they are.
+    pub fn has_plain_rows(&self) -> bool {
+        let sizes = [self.shape.head_dim, self.shape.head_dim_v];
+        let plain = !matches!(self.decay, Decay::Channels(_)) && !matches!(self.rule, Rule::LowRank { .. });
+        plain && self.bonus.is_none() && !sizes.contains(&0)
     }
 }

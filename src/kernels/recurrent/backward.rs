@@ -13,7 +13,7 @@ use super::rows::HeadRows;
 use super::{MOST_HEADS, Numbers, RecurrentArgs, Rule, TASKS_PER_THREAD};
 use crate::dtype::{DType, Element, Float};
 use crate::math::elementwise::add;
-use crate::math::load::MAX_LANES;
+use crate::math::product::row_width;
 use crate::parallel::{RowTurns, RowWriter, for_each_tile};
 use crate::simd::{Isa, Level, SimdElement, Task, Wide};
 use crate::tensor::Tensor;
@@ -59,10 +59,17 @@ struct Sequences<'a, T: Element> {
     chunk: usize,
     /// Heads of queries and keys of a task.
     turns: usize,
-    /// Tasks among which the value heads of a head of queries and keys are divided.
+    /// If the value heads of a head of queries and keys are divided among tasks.
+    shared: Option<Shared<'a, T::Acc>>,
+}
+
+/// What tasks share that divide the value heads of a head of queries and keys among them.
+#[derive(Clone, Copy)]
+struct Shared<'a, A> {
+    /// How many.
     parts: usize,
-    /// Sums of those, if there are several: `[B, T, H, rows * K]`, a place for each sequence, head and chunk.
-    shared: Option<&'a RowTurns<'a, T::Acc>>,
+    /// `[B, T, H, rows * width]`, rows of whole vectors: a place for each sequence, head and chunk.
+    sums: &'a RowTurns<'a, A>,
     /// Places of a head.
     places: usize,
 }
@@ -97,18 +104,17 @@ pub fn backward<T: SimdElement>(
     let level = args.forward.level(level);
     // Of the shape alone: sums are grouped by it.
     let parts = group.div_ceil(group.div_ceil(FEWEST_TASKS.div_ceil(heads.max(1))).max(1));
-    let places = longest.len.div_ceil(chunk);
     if parts <= 1 {
         let tasks = sequences.len() * shape.num_heads.div_ceil(turns);
-        let work = Sequences { args, gradients, chunk, turns, parts: 1, shared: None, places };
-        return for_each_tile(level, threads, tasks, &work);
+        return for_each_tile(level, threads, tasks, &Sequences { args, gradients, chunk, turns, shared: None });
     }
-    let width = shared_rows(&args.forward) * shape.head_dim;
+    let places = longest.len.div_ceil(chunk);
+    let width = shared_rows(&args.forward) * row_width(shape.head_dim);
     let mut sums = vec![T::Acc::ZERO; shape.batch * shape.seqlen * shape.num_heads * width];
     let strides = [shape.seqlen * shape.num_heads * width, shape.num_heads * width, width];
-    let shared = RowTurns::new(&mut sums, [shape.batch, shape.seqlen, shape.num_heads, width], strides, heads * places);
-    let work = Sequences { args, gradients, chunk, turns: 1, parts, shared: Some(&shared), places };
-    for_each_tile(level, threads, heads * parts, &work);
+    let sums = RowTurns::new(&mut sums, [shape.batch, shape.seqlen, shape.num_heads, width], strides, heads * places);
+    let shared = Some(Shared { parts, sums: &sums, places });
+    for_each_tile(level, threads, heads * parts, &Sequences { args, gradients, chunk, turns: 1, shared });
 }
 
 /// Rows of each token that value heads share: queries and keys, `a` and `b`.
@@ -125,18 +131,19 @@ where
 
     #[inline(always)]
     fn run<I: Isa>(&self, index: usize) {
-        let _watch = self.shared.map(RowTurns::watch);
+        let _watch = self.shared.map(|shared| shared.sums.watch());
+        let parts = self.shared.map_or(1, |shared| shared.parts);
         let args = &self.args.forward;
         let shape = &args.shape;
-        let (index, part) = (index / self.parts, index % self.parts);
+        let (index, part) = (index / parts, index % parts);
         let groups = shape.num_heads.div_ceil(self.turns);
         let (number, first) = (index / groups, index % groups * self.turns);
         let group = shape.num_value_heads / shape.num_heads.max(1);
         let sequence = args.sequences[number];
         let start = Head::new(args, sequence, first * group, self.chunk);
         let mut heads = first * group..shape.num_heads.min(first + self.turns) * group;
-        let own = group.div_ceil(self.parts);
-        if self.parts > 1 {
+        let own = group.div_ceil(parts);
+        if parts > 1 {
             heads = heads.start + part * own..heads.end.min(heads.start + (part + 1) * own);
         }
         let own = own.min(heads.len());
@@ -218,27 +225,22 @@ where
     /// Adds the part's gradients of the rows that value heads share to those of earlier parts; returns whether they are those of all.
     #[inline(always)]
     fn add_shared<I: Isa>(&self, head: &Head<'_, T>, (number, part): (usize, usize), work: &mut Work<'_, T::Acc>) -> bool {
-        let Some(shared) = self.shared else { return true };
-        let (shape, stride) = (&self.args.forward.shape, head.size.stride);
-        let (of, width) = (shape.head_of(head.index), shape.head_dim);
-        let place = (number * shape.num_heads + of) * self.places + head.first / head.size.chunk;
-        let mut turn = shared.wait(place, part);
+        let Some(Shared { parts, sums, places }) = self.shared else { return true };
+        let Size { chunk, width, stride, .. } = head.size;
+        let of = self.args.forward.shape.head_of(head.index);
+        let place = (number * self.args.forward.shape.num_heads + of) * places + head.first / chunk;
+        let mut turn = sums.wait(place, part);
         for i in 0..head.count {
             let row = turn.row(head.sequence.batch, head.sequence.first + head.first + i, of);
             for (total, sum) in work.totals.iter_mut().zip(row.chunks_exact_mut(width.max(1))) {
-                let total = &mut total[i * stride..][..head.size.width];
+                let total = &mut total[i * stride..][..width];
                 if part > 0 {
-                    // Whole vectors, of which the sums have only the channels.
-                    let mut earlier = [T::Acc::ZERO; MAX_LANES];
-                    for (total, sum) in total.chunks_exact_mut(MAX_LANES).zip(sum.chunks(MAX_LANES)) {
-                        earlier[..sum.len()].copy_from_slice(sum);
-                        add::<T::Acc, I>(total, &earlier);
-                    }
+                    add::<T::Acc, I>(total, sum);
                 }
-                sum.copy_from_slice(&total[..width]);
+                sum.copy_from_slice(total);
             }
         }
-        part + 1 == self.parts
+        part + 1 == parts
     }
 
     /// Writes the gradients of the rows that value heads share.

@@ -2,10 +2,9 @@
 
 use super::head::{Chunk, Head, chunk_len};
 use super::states::Flat;
+use super::tile_chunk::{self, TileChunk, tile_chunk_len};
 use super::{MOST_HEADS, RecurrentArgs, RecurrentOut};
-use crate::dtype::Float;
 use crate::math::elementwise::add_scaled;
-use crate::math::load::store_scaled;
 use crate::simd::{Isa, SimdElement, Wide};
 use crate::workspace::Scratch;
 use std::ops::Range;
@@ -22,9 +21,12 @@ pub fn run<T: SimdElement, I: Isa>(
     T::Acc: Wide,
 {
     let (shape, sequence) = (&args.shape, args.sequences[number]);
+    let tiled = tile_chunk::takes::<T, I>(args);
+    let size = if tiled { size.next_multiple_of(tile_chunk::STEP) } else { size };
     let start = Head::new(args, sequence, 0, size);
     let (len, stride_v) = (start.state_len(), start.stride_v);
-    let rest = chunk_len(args, size).max(shape.head_dim * shape.head_dim_v);
+    let rest = if tiled { tile_chunk_len(args, size) } else { chunk_len(args, size) };
+    let rest = rest.max(shape.head_dim * shape.head_dim_v);
     let mut scratch = Scratch::take::<T::Acc>(heads.len() * len + rest);
     let (states, mut rest) = scratch.as_mut_slice::<T::Acc>().split_at_mut(heads.len() * len);
     let mut flats: [Option<Flat<'_, T::Acc>>; MOST_HEADS] = [const { None }; MOST_HEADS];
@@ -34,27 +36,49 @@ pub fn run<T: SimdElement, I: Isa>(
         out.states.load(&flat, (number, head), state, &mut rest[..shape.head_dim * shape.head_dim_v]);
         flats[i] = Some(flat);
     }
-    let mut work = Chunk::carve(&start, &mut rest);
+    let mut work =
+        if tiled { Buffers::Tiles(TileChunk::carve(&start, &mut rest)) } else { Buffers::Rows(Chunk::carve(&start, &mut rest)) };
     for first in (0..sequence.len).step_by(size) {
         for (i, number) in heads.clone().enumerate() {
             let head = Head { index: number, ..start.at(first) };
             let state = &mut states[i * len..][..len];
-            head.load_rows::<I>(&mut work);
-            for rows in [Some(&out.out), out.kept.as_ref()].into_iter().flatten() {
-                head.prefetch(rows, head.index);
+            match &mut work {
+                Buffers::Tiles(work) => tile_chunk::run::<T, I>(&head, work, state, out),
+                Buffers::Rows(work) => of_rows::<T, I>(&head, work, state, out),
             }
-            head.fade::<I>(&mut work, true);
-            head.solve::<I>(state, &mut work);
-            if let Some(kept) = &out.kept {
-                head.keep::<I>(&work, kept);
-            }
-            output::<T, I>(&head, &mut work, out);
-            head.update::<I>(&work, state);
         }
     }
     for (i, flat) in flats.into_iter().flatten().enumerate() {
         flat.store(&states[i * len..][..len], stride_v);
     }
+}
+
+enum Buffers<'s, A> {
+    Rows(Chunk<'s, A>),
+    Tiles(TileChunk<'s, A>),
+}
+
+/// Computes the outputs of a chunk, and makes the state before it that behind it.
+#[inline(always)]
+fn of_rows<T: SimdElement, I: Isa>(
+    head: &Head<'_, T>,
+    work: &mut Chunk<'_, T::Acc>,
+    state: &mut [T::Acc],
+    out: &RecurrentOut<'_, T>,
+) where
+    T::Acc: Wide,
+{
+    head.load_rows::<I>(work);
+    for rows in [Some(&out.out), out.kept.as_ref()].into_iter().flatten() {
+        head.prefetch(rows, head.index);
+    }
+    head.fade::<I>(work, true);
+    head.solve::<I>(state, work);
+    if let Some(kept) = &out.kept {
+        head.store_rows::<I>(work.extra, kept);
+    }
+    output::<T, I>(head, work, out);
+    head.update::<I>(work, state);
 }
 
 /// Writes the outputs, from what queries read of the state.
@@ -73,7 +97,6 @@ where
         if head.args.bonus.is_some() {
             add_scaled::<T::Acc, I>(sums, work.bonus[i], &work.written[i * head.stride_v..][..head.width_v]);
         }
-        let row = out.out.row(head.sequence.batch, head.sequence.first + head.first + i, head.index);
-        store_scaled::<T, I>(sums, T::Acc::from_f64(1.0), row);
     }
+    head.store_rows::<I>(work.sums, &out.out);
 }

@@ -244,7 +244,7 @@ where
         }
     }
 
-    /// What [`Head::solve`] has found, from the rows that [`Head::keep`] has kept of it.
+    /// What [`Head::solve`] has found, from the rows that [`super::RecurrentOut::kept`] has of it.
     #[inline(always)]
     pub fn recall<I: Isa>(&self, kept: Option<Tensor<'_, T>>, work: &mut Chunk<'_, T::Acc>) {
         let kept = || kept.expect("what rules read of the state was kept");
@@ -264,12 +264,12 @@ where
         }
     }
 
-    /// Keeps what depends on the state of what was found.
+    /// Writes rows of values.
     #[inline(always)]
-    pub fn keep<I: Isa>(&self, work: &Chunk<'_, T::Acc>, into: &RowWriter<'_, T>) {
+    pub fn store_rows<I: Isa>(&self, rows: &[T::Acc], into: &RowWriter<'_, T>) {
         for i in 0..self.count {
             let row = into.row(self.sequence.batch, self.sequence.first + self.first + i, self.index);
-            store_scaled::<T, I>(&work.extra[i * self.stride_v..][..self.width_v], T::Acc::from_f64(1.0), row);
+            store_scaled::<T, I>(&rows[i * self.stride_v..][..self.width_v], T::Acc::from_f64(1.0), row);
         }
     }
 
@@ -359,39 +359,46 @@ where
         found
     }
 
+    /// The gates of the chunk; those of channels are read into the buffer.
     #[inline(always)]
     pub fn gates<'g, I: Isa>(&self, sums: &'g mut [f64; MAX_CHUNK + 1], into: &'g mut [T::Acc]) -> Gates<'g, T::Acc> {
-        let (batch, head) = (self.sequence.batch, self.index);
+        if let Decay::Channels(gates) = &self.args.decay {
+            for (i, row) in into.chunks_exact_mut(self.size.stride).enumerate().take(self.size.rows) {
+                let row = &mut row[..self.size.width];
+                row.fill(T::Acc::ZERO);
+                if i < self.count {
+                    gates.read(self.sequence.batch, self.sequence.first + self.first + i, self.index, row);
+                    scale::<T::Acc, I>(row, T::Acc::from_f64(LOG2_E));
+                }
+            }
+            return Gates::Channels(into);
+        }
+        if self.step_gates(sums) { Gates::Steps(sums) } else { Gates::None }
+    }
+
+    /// Sums of the gates before each row, and of all, in base 2, unless they are of channels; returns whether there are any.
+    #[inline(always)]
+    pub fn step_gates(&self, sums: &mut [f64; MAX_CHUNK + 1]) -> bool {
         let (token, count) = (self.sequence.first + self.first, self.count);
         match &self.args.decay {
-            Decay::None => return Gates::None,
+            Decay::None | Decay::Channels(_) => return false,
             Decay::Heads(gates) => {
                 for i in 0..MAX_CHUNK {
-                    sums[i + 1] = sums[i] + if i < count { step_gate(gates[head]) } else { 0.0 };
+                    sums[i + 1] = sums[i] + if i < count { step_gate(gates[self.index]) } else { 0.0 };
                 }
             }
             Decay::Steps(gates) => {
                 for i in 0..MAX_CHUNK {
-                    let gate = if i < count { step_gate(gates.first(batch, token + i, head).to_f64()) } else { 0.0 };
-                    sums[i + 1] = sums[i] + gate;
+                    let gate = |i| step_gate(gates.first(self.sequence.batch, token + i, self.index).to_f64());
+                    sums[i + 1] = sums[i] + if i < count { gate(i) } else { 0.0 };
                 }
-            }
-            Decay::Channels(gates) => {
-                for (i, row) in into.chunks_exact_mut(self.size.stride).enumerate().take(self.size.rows) {
-                    let row = &mut row[..self.size.width];
-                    row.fill(T::Acc::ZERO);
-                    if i < count {
-                        gates.read(batch, token + i, head, row);
-                        scale::<T::Acc, I>(row, T::Acc::from_f64(LOG2_E));
-                    }
-                }
-                return Gates::Channels(into);
             }
         }
-        Gates::Steps(sums)
+        true
     }
 
-    fn betas(&self) -> [T::Acc; MAX_CHUNK] {
+    /// Factors of what is written; 1 where there are none, 0 beyond the last token.
+    pub fn betas(&self) -> [T::Acc; MAX_CHUNK] {
         let beta: Option<&Numbers<'_, T>> = match &self.args.rule {
             Rule::Additive(beta) | Rule::Delta(beta) => beta.as_ref(),
             Rule::LowRank { .. } => None,

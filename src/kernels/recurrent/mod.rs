@@ -39,6 +39,7 @@ mod pairs;
 mod rows;
 mod states;
 mod step;
+mod tile_chunk;
 mod unfade;
 
 pub use args::{Decay, Numbers, RecurrentArgs, RecurrentShape, Rule, Sequence};
@@ -68,7 +69,7 @@ const FEW_TOKENS: usize = 8;
 pub enum Form {
     /// As the length of a sequence asks for.
     Auto,
-    /// In chunks of so many tokens, a multiple of [`BLOCK`] up to [`MAX_CHUNK`].
+    /// In chunks of so many tokens, a multiple of [`BLOCK`] up to [`MAX_CHUNK`]; matrix tiles take the next multiple of two blocks.
     Chunks(usize),
     /// One by one.
     Steps,
@@ -92,6 +93,8 @@ const SERIAL_FLOPS: usize = 1 << 21;
 
 /// The chunk of [`Form::Auto`].
 const CHUNK: usize = 32;
+/// The same with matrix tiles, to which products within a chunk are cheaper than passes over the state.
+const TILES_CHUNK: usize = 64;
 
 impl<T: SimdElement> Task for Heads<'_, T>
 where
@@ -108,11 +111,12 @@ where
         let first = index % groups * self.group;
         let heads = first..heads.min(first + self.group);
         let few = self.args.sequences[number].len <= FEW_TOKENS;
+        let usual = if tile_chunk::takes::<T, I>(self.args) { TILES_CHUNK } else { CHUNK };
         let chunk = match self.form {
             Form::Chunks(size) => Some(size),
-            _ if self.out.kept.is_some() => Some(CHUNK),
+            _ if self.out.kept.is_some() => Some(usual),
             Form::Steps => None,
-            Form::Auto => (!few).then_some(CHUNK),
+            Form::Auto => (!few).then_some(usual),
         };
         match chunk {
             Some(size) => chunk::run::<T, I>(self.args, self.out, number, heads, size),
@@ -136,7 +140,8 @@ where
     if let Form::Chunks(size) = form {
         assert!(size > 0 && size.is_multiple_of(BLOCK) && size <= MAX_CHUNK, "chunks of {size} tokens");
     }
-    let (heads, level) = (args.shape.num_value_heads, args.level(level));
+    let heads = args.shape.num_value_heads;
+    let level = if T::DTYPE == DType::BF16 && args.has_plain_rows() { level } else { args.level(level) };
     let tokens: usize = args.sequences.iter().map(|sequence| sequence.len).sum();
     let flops = 4 * tokens * heads * args.shape.head_dim * args.shape.head_dim_v;
     let threads = if flops < SERIAL_FLOPS { 1 } else { threads };

@@ -3,12 +3,15 @@
 use super::{RecurrentArgs, Sequence};
 use crate::dtype::{Element, Float};
 use crate::math::elementwise::{scale, sum_of_lanes};
-use crate::math::load::{load_padded, store_padded, store_scaled};
-use crate::simd::{Isa, SimdElement, Vector, Wide, prefetch};
+use crate::math::load::{MAX_LANES, load_padded, load_row, store_padded, store_scaled};
+use crate::simd::{Isa, SimdElement, Vector, VectorKernel, Wide, prefetch};
 use crate::tensor::Tensor;
 
 /// What is added to a squared length before it divides, as in flash-linear-attention.
 const L2_EPS: f64 = 1e-6;
+
+/// Products of rows whose squares sum to less than this are far from overflow.
+const LARGE_SQUARE: f64 = (1u64 << 60) as f64;
 
 /// Writes one row of inputs, zeros beyond it up to the end of `into`, which has whole vectors.
 #[inline(always)]
@@ -79,6 +82,48 @@ impl<T: SimdElement> HeadRows<'_, T> {
         if factor.to_bits() != 1f64.to_bits() {
             scale::<T::Acc, I>(into, T::Acc::from_f64(factor));
         }
+    }
+}
+
+impl<T: SimdElement> HeadRows<'_, T> {
+    /// Writes the row of a token as operands of products, zeros beyond it; returns sums of its squares, and only of those if lengths matter.
+    #[inline(always)]
+    pub fn read_operands<I: Isa>(&self, sequence: &Sequence, token: usize, into: &mut [T::Acc]) -> T::V<I> {
+        let row = self.tensor.row(sequence.batch, sequence.first + token, self.head);
+        let mut sums = [T::V::<I>::splat(T::Acc::ZERO); 2];
+        let mut d = 0;
+        while d < into.len() {
+            let operands = load_row::<T, I>(row.get(d * T::Kernel::<I>::DEPTH..).unwrap_or_default());
+            operands.store(&mut into[d..]);
+            if self.l2norm {
+                sums = [T::Kernel::<I>::mul_acc(operands, operands, sums[1]), sums[0]];
+            }
+            d += T::V::<I>::LANES;
+        }
+        sums[0].add(sums[1])
+    }
+
+    /// What the operands of a row are to be multiplied by, given the sum of its squares. A row whose products could overflow before that is
+    /// written anew, times a power of two.
+    #[inline(always)]
+    pub fn factor_of<I: Isa>(&self, sequence: &Sequence, token: usize, square: f64, operands: &mut [T::Acc]) -> f64 {
+        if !self.l2norm {
+            return self.factor;
+        }
+        if square < LARGE_SQUARE {
+            return self.factor * inverse(square);
+        }
+        let row = self.tensor.row(sequence.batch, sequence.first + token, self.head);
+        let inverse = inverse_length(row);
+        let power = if inverse > 0.0 { inverse.log2().floor().exp2() } else { 1.0 };
+        for d in (0..operands.len()).step_by(T::V::<I>::LANES) {
+            let mut scaled = [T::zeroed(); 2 * MAX_LANES];
+            for (scaled, x) in scaled.iter_mut().zip(row.get(d * T::Kernel::<I>::DEPTH..).unwrap_or_default()) {
+                *scaled = T::from_acc(T::Acc::from_f64(x.to_acc().to_f64() * power));
+            }
+            load_row::<T, I>(&scaled).store(&mut operands[d..]);
+        }
+        self.factor * (inverse / power)
     }
 }
 
