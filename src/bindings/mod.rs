@@ -25,6 +25,7 @@ mod scan;
 mod sdpa;
 mod second;
 mod selective;
+mod step_sizes;
 mod torch;
 mod varlen;
 

@@ -3,12 +3,13 @@
 use super::array::{Array, ElementType, Layout};
 use super::attention::{View, check_memory, dispatch_dtype, lse_dtype, writer};
 use super::options::numbers;
+use super::step_sizes::Making;
 use super::varlen::starts;
 use super::{enter, result, runtime};
 use crate::dtype::{DType, Element, Float};
 use crate::error::Error;
 use crate::kernels::recurrent::{
-    BLOCK, Decay, Form, MAX_CHUNK, Numbers, RecurrentArgs, RecurrentOut, RecurrentShape, Rule, Sequence, States, forward,
+    BLOCK, Decay, Form, MAX_CHUNK, Numbers, PerStep, RecurrentArgs, RecurrentOut, RecurrentShape, Rule, Sequence, States, forward,
 };
 use crate::parallel::RowWriter;
 use crate::simd::{SimdElement, Wide};
@@ -100,6 +101,7 @@ pub struct Call<'py> {
     pub heads: Option<Vec<f64>>,
     pub writes: Writes<'py>,
     pub beta: Option<Array<'py>>,
+    pub making: Option<Making>,
     pub bonus: Option<Vec<f64>>,
     pub initial: Option<Array<'py>>,
     pub in_place: bool,
@@ -218,7 +220,7 @@ impl<'py> Call<'py> {
             return Err(Error::Value { arg: "g_gamma", expected, got: gate.to_string() }.into());
         }
         let given = [steps.as_ref().map(|g| g.arg), channels.as_ref().map(|g| g.arg), heads.as_ref().map(|_| "g_gamma")];
-        let given: Vec<&str> = given.into_iter().flatten().collect();
+        let given: Vec<&'static str> = given.into_iter().flatten().collect();
         if given.len() > 1 {
             let expected = format!("None, as {} is given", given[0]);
             let arg = if given[1] == "gk" { "gk" } else { "g_gamma" };
@@ -226,6 +228,7 @@ impl<'py> Call<'py> {
         }
         let bonus = vector("u", &[num_heads, head_dim])?;
         let beta = named.array("beta", &q, &[batch, seqlen, num_value_heads], Layout::Any)?;
+        let making = Making::read(&named, &q, num_value_heads, (beta.is_some(), given.first()))?;
         let writes = match (named.get("a")?, named.get("b")?) {
             (Some(a), Some(b)) => {
                 let read = |arg, object: &Bound<'py, PyAny>| -> PyResult<Array<'py>> {
@@ -269,6 +272,7 @@ impl<'py> Call<'py> {
             heads,
             writes,
             beta,
+            making,
             bonus,
             initial,
             in_place,
@@ -287,13 +291,16 @@ impl<'py> Call<'py> {
     /// # Errors
     /// Those of the views.
     pub fn args<T: SimdElement>(&self) -> Result<RecurrentArgs<'_, T>, Error> {
-        let decay = match (&self.steps, &self.channels, &self.heads) {
-            (Some(gates), ..) => Decay::Steps(per_step::<T>(gates)?),
-            (_, Some(gates), _) => Decay::Channels(rows::<T>(gates)?),
-            (.., Some(gates)) => Decay::Heads(gates),
+        let making = self.making.as_ref().zip(self.beta.as_ref());
+        let decay = match (&self.steps, &self.channels, &self.heads, making) {
+            (Some(gates), ..) => Decay::Steps(per_step::<T>(gates)?.into()),
+            (_, Some(gates), ..) => Decay::Channels(rows::<T>(gates)?),
+            (_, _, Some(gates), _) => Decay::Heads(gates),
+            (.., Some((making, steps))) => Decay::Steps(PerStep { numbers: per_step::<T>(steps)?, made: Some(making.gates()) }),
             _ => Decay::None,
         };
-        let beta = || self.beta.as_ref().map(per_step::<T>).transpose();
+        let made = self.making.as_ref().map(Making::factors);
+        let beta = || self.beta.as_ref().map(|beta| Ok(PerStep { numbers: per_step::<T>(beta)?, made })).transpose();
         let rule = match &self.writes {
             Writes::LowRank(rows) => {
                 let [a, b] = &**rows;

@@ -188,6 +188,9 @@ pub fn recurrent_backward<'py>(
         let arg = if call.in_place { "inplace_final_state" } else { "state_v_first" };
         return Err(Error::Value { arg, expected: "False".into(), got: "True".into() }.into());
     }
+    if call.making.is_some() {
+        return Err(Error::Value { arg: "step_rates", expected: "None".into(), got: "an array".into() }.into());
+    }
     let dtype = call.q.float()?;
     let (d_out, d_final_state, kept) = &given;
     let backward = Backward::read(call, d_out, [d_final_state.as_ref(), kept.as_ref()])?;

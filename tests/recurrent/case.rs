@@ -92,7 +92,7 @@ impl<T: Element> Case<T> {
         let RecurrentShape { batch, seqlen, num_heads, num_value_heads: heads, head_dim, head_dim_v } = self.shape;
         let of_keys = [batch, seqlen, num_heads, head_dim];
         let tensor = |data| Tensor::contiguous("q", data, of_keys).unwrap();
-        let per_step = |data| Numbers::Acc(Tensor::contiguous("g", data, [batch, seqlen, heads, 1]).unwrap());
+        let per_step = |data| Numbers::Acc(Tensor::contiguous("g", data, [batch, seqlen, heads, 1]).unwrap()).into();
         let beta = Some(per_step(&self.beta));
         let args = RecurrentArgs {
             shape: self.shape,

@@ -9,17 +9,28 @@ from bisect import bisect_left, bisect_right
 from math import inf
 from typing import Any
 
-from .elementwise import silu, softplus
+from .elementwise import silu
 from .inputs import Inputs, check_chunk_size
 from .namespace import add_product, cast, dtype_name, zeros
 from .recurrent import recurrent
 from .sequences import spans_of
+from .step_sizes import spelled_out
 
 # The signature is mamba_ssm's.
 # ruff: noqa: FBT001, FBT002
 
 # What the engine's arguments are here.
-_NAMES = {"q": "C", "k": "B", "v": "x", "g": "dt * A", "beta": "dt", "initial_state": "initial_states"}
+_NAMES = {
+    "q": "C",
+    "k": "B",
+    "v": "x",
+    "g": "dt * A",
+    "beta": "dt",
+    "initial_state": "initial_states",
+    "step_rates": "A",
+    "step_bias": "dt_bias",
+    "step_limits": "dt_limit",
+}
 
 
 def mamba_chunk_scan_combined(
@@ -80,7 +91,8 @@ def mamba_chunk_scan_combined(
     keys = given.alike("B", B, batch, tokens, "G", "N")
     queries = given.alike("C", C, *keys.shape)
     rates = given.parameter("A", A, heads)
-    steps = _step_sizes(given, dt, dt_bias, dt_softplus, dt_limit)
+    steps = given.parameter("dt", dt, batch, tokens, heads)
+    bias = None if dt_bias is None else given.parameter("dt_bias", dt_bias, heads)
     skip = None if D is None else _skip(given, D, heads, width)
     gate = None if z is None else given.parameter("z", z, batch, tokens, heads, width)
     if skip is not None or gate is not None:
@@ -90,18 +102,27 @@ def mamba_chunk_scan_combined(
     sequences, initial = batch if spans is None else len(spans), initial_states
     if initial is not None:
         initial = given.beside("initial_states", initial, sequences, heads, width, keys.shape[3])
-    arrays = [queries, keys, x, steps * rates, steps]
+    arrays = [queries, keys, x, steps]
     pieces = None if seq_idx is None else _Pieces(given, seq_idx, spans)
     if pieces is not None:
         arrays = [y.reshape((1, batch * tokens, *y.shape[2:])) for y in arrays]
         initial = None if initial is None else pieces.first_states(initial)
-    queries, keys, values, decays, steps = arrays
+    queries, keys, values, steps = arrays
+    making = {
+        "beta": steps,
+        "step_rates": rates,
+        "step_bias": bias,
+        "step_softplus": dt_softplus,
+        "step_limits": tuple(dt_limit),
+    }
+    if dt_limit[0] < 0:
+        # Gates may be above 0, which the engine finds out of gates alone.
+        making = spelled_out(making)
     y, states = recurrent(
         queries,
         keys,
         values,
-        g=decays,
-        beta=steps,
+        **making,
         scale=1.0,
         initial_state=initial,
         state_v_first=True,
@@ -124,19 +145,6 @@ def mamba_chunk_scan_combined(
     # Of a row of packed sequences, the last one's is the state after the last token.
     final = states if cu_seqlens is None else states[-1:]
     return (y, *([final] if return_final_states else []), *([states] if return_varlen_states else []))
-
-
-def _step_sizes(
-    given: Inputs, dt: Any, dt_bias: Any | None, dt_softplus: bool, dt_limit: tuple[float, float]
-) -> Any:
-    batch, tokens, heads, _ = given.first.shape
-    dt = given.parameter("dt", dt, batch, tokens, heads)
-    if dt_bias is not None:
-        dt = dt + given.parameter("dt_bias", dt_bias, heads)
-    if dt_softplus:
-        dt = softplus(dt)
-    # What softplus has is within the usual limits.
-    return dt if dt_softplus and tuple(dt_limit) == (0.0, float("inf")) else given.xp.clip(dt, *dt_limit)
 
 
 def _skip(given: Inputs, D: Any, heads: int, width: int) -> Any:

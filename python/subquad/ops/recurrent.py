@@ -50,6 +50,7 @@ from typing import Any
 from .. import _native
 from .namespace import backwards, contiguous, zeros
 from .pytorch import REFUSALS, calls, calls_at_once, is_tensor, is_watched
+from .step_sizes import spelled_out
 
 # Keywords of flash-linear-attention that say how a GPU should work, and change no result.
 _WITHOUT_EFFECT = frozenset(
@@ -158,7 +159,7 @@ def _computed(q: Any, k: Any, v: Any, options: dict[str, Any], *, output_final_s
             if not is_tensor(q):
                 raise
     compute = calls().recurrent if watched else calls_at_once().recurrent_as_it_is
-    return compute(q, k, v, options, output_final_state=output_final_state)
+    return compute(q, k, v, spelled_out(options), output_final_state=output_final_state)
 
 
 def _computed_backwards(

@@ -1,6 +1,6 @@
 //! What a recurrent call is made of.
 
-use crate::dtype::Element;
+use crate::dtype::{Element, Float};
 use crate::simd::Level;
 use crate::tensor::Tensor;
 
@@ -28,6 +28,37 @@ impl RecurrentShape {
     }
 }
 
+/// What is made of step sizes as they are read: nothing for each token is in memory but what the caller has.
+#[derive(Debug, Clone, Copy)]
+pub struct StepSizes<'a> {
+    /// `[HV]`: added first.
+    pub bias: Option<&'a [f64]>,
+    /// Whether softplus is taken after that.
+    pub softplus: bool,
+    /// What they are clipped to after that.
+    pub limits: [f64; 2],
+    /// `[HV]`: factors, after that.
+    pub rates: Option<&'a [f64]>,
+}
+
+impl StepSizes<'_> {
+    /// Of one step size of a head.
+    pub fn of(&self, head: usize, given: f64) -> f64 {
+        let x = given + self.bias.map_or(0.0, |bias| bias[head]);
+        let x = if self.softplus { x.max(0.0) + (-x.abs()).exp().ln_1p() } else { x };
+        let [least, most] = self.limits;
+        // NaN is within all limits.
+        let x = if x < least {
+            least
+        } else if x > most {
+            most
+        } else {
+            x
+        };
+        self.rates.map_or(x, |rates| x * rates[head])
+    }
+}
+
 /// Numbers beside queries, keys and values: of their type, or of their accumulators'.
 #[derive(Debug, Clone, Copy)]
 pub enum Numbers<'a, T: Element> {
@@ -35,6 +66,30 @@ pub enum Numbers<'a, T: Element> {
     Input(Tensor<'a, T>),
     /// Of the type of accumulators.
     Acc(Tensor<'a, T::Acc>),
+}
+
+/// A number for each token of each head, `[B, T, HV, 1]`, or what is made of it.
+#[derive(Debug, Clone, Copy)]
+pub struct PerStep<'a, T: Element> {
+    /// The numbers.
+    pub numbers: Numbers<'a, T>,
+    /// If they are step sizes.
+    pub made: Option<StepSizes<'a>>,
+}
+
+impl<'a, T: Element> From<Numbers<'a, T>> for PerStep<'a, T> {
+    fn from(numbers: Numbers<'a, T>) -> Self {
+        Self { numbers, made: None }
+    }
+}
+
+impl<T: Element> PerStep<'_, T> {
+    /// The number of one token of one head.
+    #[inline(always)]
+    pub fn first(&self, batch: usize, token: usize, head: usize) -> T::Acc {
+        let number = self.numbers.first(batch, token, head);
+        self.made.as_ref().map_or(number, |made| T::Acc::from_f64(made.of(head, number.to_f64())))
+    }
 }
 
 impl<T: Element> Numbers<'_, T> {
@@ -72,7 +127,7 @@ pub enum Decay<'a, T: Element> {
     /// By a constant for each value head.
     Heads(&'a [f64]),
     /// By a gate for each token: `[B, T, HV, 1]`.
-    Steps(Numbers<'a, T>),
+    Steps(PerStep<'a, T>),
     /// By a gate for each token and channel of the keys: `[B, T, HV, K]`.
     Channels(Numbers<'a, T>),
 }
@@ -81,9 +136,9 @@ pub enum Decay<'a, T: Element> {
 #[derive(Debug, Clone, Copy)]
 pub enum Rule<'a, T: Element> {
     /// `beta k v^T`; `beta` is `[B, T, HV, 1]`, or 1.
-    Additive(Option<Numbers<'a, T>>),
+    Additive(Option<PerStep<'a, T>>),
     /// `beta k (v - S^T k)^T`, of the faded state; `beta` is `[B, T, HV, 1]`, or 1.
-    Delta(Option<Numbers<'a, T>>),
+    Delta(Option<PerStep<'a, T>>),
     /// `k v^T + b (S^T a)^T`, of the state before it fades; both `[B, T, H, K]`.
     LowRank {
         /// What is read.
@@ -144,5 +199,29 @@ impl<T: Element> RecurrentArgs<'_, T> {
         let sizes = [self.shape.head_dim, self.shape.head_dim_v];
         let plain = !matches!(self.decay, Decay::Channels(_)) && !matches!(self.rule, Rule::LowRank { .. });
         plain && self.bonus.is_none() && !sizes.contains(&0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn step_sizes_are_those_of_the_definition() {
+        let (bias, rates) = ([0.0, 0.5], [-2.0, -0.25]);
+        let all = StepSizes { bias: Some(&bias), softplus: true, limits: [0.1, 3.0], rates: Some(&rates) };
+        for x in [-800.0, -30.0, -1.0, 0.0, 0.7, 20.0, 800.0] {
+            for head in 0..2 {
+                let y: f64 = x + bias[head];
+                let softplus = if y > 30.0 { y } else { (1.0 + y.exp()).ln() };
+                let want = softplus.clamp(0.1, 3.0) * rates[head];
+                assert!((all.of(head, x) - want).abs() < 1e-12, "{x}: {} is not {want}", all.of(head, x));
+            }
+        }
+        let none = StepSizes { bias: None, softplus: false, limits: [0.0, f64::INFINITY], rates: None };
+        assert_eq!([-1.5, 0.0, 2.5].map(|x| none.of(0, x).to_bits()), [0.0f64, 0.0, 2.5].map(f64::to_bits));
+        let open = StepSizes { limits: [0.0, f64::INFINITY], rates: None, ..all };
+        assert!(none.of(0, f64::NAN).is_nan() && open.of(0, f64::NAN).is_nan());
+        assert!((open.of(0, -40.0) / (-40f64).exp() - 1.0).abs() < 1e-12);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::pairs::{ChannelScratch, Fade, Gates, Left, Right, Size};
 use super::rows::HeadRows;
-use super::{Decay, Numbers, RecurrentArgs, Rule, Sequence};
+use super::{Decay, PerStep, RecurrentArgs, Rule, Sequence};
 use crate::dtype::Float;
 use crate::math::elementwise::{are_finite, multiply, scale, subtract_and_scale};
 use crate::math::load::{MAX_LANES, store_scaled};
@@ -399,7 +399,7 @@ where
 
     /// Factors of what is written; 1 where there are none, 0 beyond the last token.
     pub fn betas(&self) -> [T::Acc; MAX_CHUNK] {
-        let beta: Option<&Numbers<'_, T>> = match &self.args.rule {
+        let beta: Option<&PerStep<'_, T>> = match &self.args.rule {
             Rule::Additive(beta) | Rule::Delta(beta) => beta.as_ref(),
             Rule::LowRank { .. } => None,
         };

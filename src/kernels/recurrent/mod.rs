@@ -42,7 +42,7 @@ mod step;
 mod tile_chunk;
 mod unfade;
 
-pub use args::{Decay, Numbers, RecurrentArgs, RecurrentShape, Rule, Sequence};
+pub use args::{Decay, Numbers, PerStep, RecurrentArgs, RecurrentShape, Rule, Sequence, StepSizes};
 pub use head::{BLOCK, MAX_CHUNK};
 pub use states::States;
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from subquad import ops
+from subquad.ops.recurrent import recurrent
 
 from .cases import DTYPES, Sizes
 from .composed import FAMILIES, FIRST, FORMS, PARAMETERS, call, draw_inputs, draw_states
@@ -247,6 +248,35 @@ def test_numbers_of_sequences():
         call(FIRST["ssd"], inputs, seq_idx=np.zeros((1, 6), int), cu_seqlens=np.array([0, 5]))
     with pytest.raises(ValueError, match=r"^return_varlen_states: expected False, as cu_seqlens is None"):
         ops.mamba_chunk_scan_combined(**inputs, chunk_size=64, return_varlen_states=True)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_gates_of_step_sizes(requires_grad):
+    inputs = {name: torch.from_numpy(x) for name, x in draw_inputs("ssd", SIZES, "float32").items()}
+    inputs["dt"] = inputs["dt"].abs().requires_grad_(requires_grad)
+    call(FIRST["ssd"], inputs)
+    with pytest.raises(ValueError, match=r"^dt \* A: expected natural logarithms of decays, 0 or below"):
+        call(FIRST["ssd"], {**inputs, "A": -inputs["A"]})
+    below = {"dt_softplus": False, "dt_limit": (-1.0, 2.0)}
+    without = {name: x for name, x in inputs.items() if name != "dt_bias"}
+    call(FIRST["ssd"], without, **below)
+    with pytest.raises(ValueError, match=r"^dt \* A: expected natural logarithms of decays, 0 or below"):
+        call(FIRST["ssd"], {**without, "dt": -inputs["dt"]}, **below)
+
+
+def test_options_of_step_sizes():
+    rows, steps, rates = np.zeros((1, 3, 2, 4), np.float32), np.ones((1, 3, 2), np.float32), -np.ones(2)
+    given = {"beta": steps, "step_rates": rates}
+    for options, message in (
+        ({"step_rates": rates}, "beta: expected step sizes, as step_rates is given"),
+        ({**given, "g": -steps}, "g: expected None, as step_rates is given"),
+        ({**given, "step_rates": np.ones(2)}, "g: expected natural logarithms"),
+        ({**given, "step_limits": (-1.0, 1.0)}, "g: expected natural logarithms"),
+        ({**given, "step_rates": np.ones(3)}, r"step_rates: expected shape \(2,\)"),
+        ({**given, "step_bias": np.ones((1, 2))}, r"step_bias: expected shape \(2,\)"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            recurrent(rows, rows, rows, output_final_state=False, **options)
 
 
 def test_chunk_sizes(form, inputs):
