@@ -27,6 +27,22 @@ pub fn pack_rows<I: Isa>(data: &[f32], row: usize, [rows, depth]: [usize; 2], (p
     }
 }
 
+/// Packs a row of pairs along it, `width` of them in each part, zeros beyond it. Each part is what those before it have rounded away.
+#[inline(always)]
+pub fn pack_row_parts<I: Isa, const PARTS: usize>(row: &[f32], (packed, width): (&mut [f32], usize)) {
+    for pair in (0..width).step_by(TILE) {
+        let mut rest = [
+            load_padded::<f32, I>(row.get(2 * pair..).unwrap_or_default()),
+            load_padded::<f32, I>(row.get(2 * pair + TILE..).unwrap_or_default()),
+        ];
+        for part in 0..PARTS {
+            let rounded = I::Bf16::widen(I::Bf16::fold(rest));
+            I::Bf16::fold_adjacent(rounded)[0].store(&mut packed[part * width + pair..]);
+            rest = [rest[0].sub(rounded[0]), rest[1].sub(rounded[1])];
+        }
+    }
+}
+
 /// As [`pack_rows`], for factors whose columns are contiguous, `step` apart.
 #[inline(always)]
 pub fn pack_columns<I: Isa>(data: &[f32], step: usize, [rows, depth]: [usize; 2], (packed, stride): (&mut [f32], usize)) {

@@ -78,6 +78,24 @@ fn what_is_written_back_has_no_errors_of_half_precision() {
 }
 
 #[test]
+fn corrections_that_cancel_leave_outputs_with_their_rounding_alone() {
+    for (keys, values) in [(1, 8), (8, 16), (40, 24)] {
+        let mut case = Case {
+            l2norm: true,
+            ..Case::<bf16>::new(shape(60, (1, 2), (keys, values)), (Fades::Never, Writes::Corrections), 0.0)
+        };
+        case.beta.fill(2.0);
+        let want = case.run(false, naive::forward).0;
+        for level in Level::available() {
+            for form in [Form::Auto, Form::Chunks(64), Form::Steps] {
+                let got = case.run(false, |args, out| forward(args, out, form, level, 2)).0;
+                compare(&widen(&got), &widen(&want), 4.1e-3, &format!("{keys} {values} {form:?} {}", level.name()));
+            }
+        }
+    }
+}
+
+#[test]
 fn lengths_and_orders_of_states() {
     for (l2norm, v_first) in [(true, false), (false, true), (true, true)] {
         for seqlen in [5, 70] {

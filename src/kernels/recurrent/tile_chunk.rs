@@ -1,8 +1,8 @@
 //! A chunk by matrix tiles, for rows of bf16 under at most one gate for each token.
 //!
 //! Queries and keys are operands as they lie in memory: what scales, normalises and fades them are factors of the rows and columns of
-//! results. Rounded to bf16 are the products of queries with keys, the state, and what is written. Of the latter two, a rule that reads the
-//! state has the sum of two bf16, so that no error of the operands is written back.
+//! results. Rounded to bf16 are the products of queries with keys, the state, and what is written. A rule that reads the state has sums of
+//! two bf16 of all three: no error of operands is written back, nor left where large corrections cancel in the outputs.
 
 use super::head::{BLOCK, Head, MAX_CHUNK};
 use super::pairs::Size;
@@ -11,7 +11,7 @@ use crate::dtype::{DType, Float};
 use crate::math::elementwise::{add_scaled, are_finite, decays, multiply, scale, transpose};
 use crate::math::load::load_rows;
 use crate::math::product::{Start, row_width};
-use crate::math::tile_packing::{TILE, pack_matrix, pack_rows};
+use crate::math::tile_packing::{TILE, pack_matrix, pack_row_parts};
 use crate::math::tile_product::multiply_packed;
 use crate::math::triangular::substitute;
 use crate::simd::{Isa, SimdElement, TileOperands, Vector, Wide};
@@ -48,11 +48,12 @@ pub struct TileChunk<'s, A> {
     keys: &'s mut [A],
     /// `[chunk, chunk]`: of queries, and of keys, with keys.
     products: [&'s mut [A]; 2],
-    /// `[chunk, chunk / 2]`: of queries with keys, rounded.
+    /// `[chunk, chunk]`: of queries with keys, in two parts side by side.
     met: &'s mut [A],
     /// `[pairs, values]` each: the two parts of the state.
     state: [&'s mut [A]; 2],
-    /// `[chunk / 2, values]`: what is written, in pairs of tokens; and `[chunk, values]`, its two parts, faded to the end of the chunk.
+    /// `[chunk, values]` each: the two parts of what is written, in pairs of tokens, the second one first; and, the other way round, those of
+    /// what has faded to the end of the chunk.
     paired: &'s mut [A],
     faded: &'s mut [A],
     /// `[width]`: what the state fades by.
@@ -68,7 +69,7 @@ pub fn tile_chunk_len<T: SimdElement>(args: &RecurrentArgs<'_, T>, chunk: usize)
     let (pairs, width) = (pairs_of(args.shape.head_dim), row_width(args.shape.head_dim));
     let values = stride_of(row_width(args.shape.head_dim_v));
     let keys = 2 * chunk * stride_of(pairs) + (pairs + width) * stride_of(chunk);
-    keys + 2 * chunk * chunk + width + chunk * stride_of(chunk / 2) + (2 * pairs + chunk / 2 + 4 * chunk) * values
+    keys + 2 * chunk * chunk + width + chunk * stride_of(chunk) + (2 * pairs + 5 * chunk) * values
 }
 
 impl<'s, A: Float> TileChunk<'s, A> {
@@ -83,9 +84,9 @@ impl<'s, A: Float> TileChunk<'s, A> {
             columns: take(pairs * stride_of(chunk)),
             keys: take(head.size.width * stride_of(chunk)),
             products: [take(chunk * chunk), take(chunk * chunk)],
-            met: take(chunk * stride_of(chunk / 2)),
+            met: take(chunk * stride_of(chunk)),
             state: [take(pairs * head.stride_v), take(pairs * head.stride_v)],
-            paired: take(values / 2),
+            paired: take(values),
             faded: take(values),
             alpha: take(head.size.width),
             sums: take(values),
@@ -268,12 +269,15 @@ where
         let [first, second] = work.state.each_ref().map(|part| (&**part, stride_v));
         let [of_queries, of_keys] = &mut work.products;
         multiply_tiles::<T::Acc, I>(Start::Zeros, queries, columns, steps, (of_queries, chunk), [rows, rows]);
+        let mut start = Start::Zeros;
         if self.reads {
+            start = Start::Sums;
             multiply_tiles::<T::Acc, I>(Start::Zeros, keys, columns, steps, (of_keys, chunk), [rows, rows]);
-            multiply_tiles::<T::Acc, I>(Start::Zeros, keys, first, steps, (work.extra, stride_v), of_values);
-            multiply_tiles::<T::Acc, I>(Start::Sums, keys, second, steps, (work.extra, stride_v), of_values);
+            multiply_tiles::<T::Acc, I>(Start::Zeros, keys, second, steps, (work.extra, stride_v), of_values);
+            multiply_tiles::<T::Acc, I>(Start::Zeros, queries, second, steps, (work.sums, stride_v), of_values);
+            multiply_tiles::<T::Acc, I>(Start::Sums, keys, first, steps, (work.extra, stride_v), of_values);
         }
-        multiply_tiles::<T::Acc, I>(Start::Zeros, queries, first, steps, (work.sums, stride_v), of_values);
+        multiply_tiles::<T::Acc, I>(start, queries, first, steps, (work.sums, stride_v), of_values);
     }
 
     /// Makes products of what they are weighed with: those of queries, rounded, and those of keys as factors of what is written.
@@ -304,7 +308,15 @@ where
                 of_keys[i..].fill(T::Acc::ZERO);
             }
         }
-        pack_rows::<I>(cast_slice(work.products[0]), chunk, [rows, rows], (cast_slice_mut(work.met), stride_of(chunk / 2)));
+        let (products, met) = (cast_slice(&*work.products[0]), cast_slice_mut(&mut *work.met));
+        for i in 0..rows {
+            let (row, packed) = (&products[i * chunk..][..rows], (&mut met[i * stride_of(chunk)..], self.pairs_of_tokens()));
+            if self.reads {
+                pack_row_parts::<I, 2>(row, packed);
+            } else {
+                pack_row_parts::<I, 1>(row, packed);
+            }
+        }
     }
 
     /// Finds what is written, and fades what queries read of the state.
@@ -336,8 +348,13 @@ where
         // Factors of 0 do not hide what is not finite.
         let finite = are_finite::<T::Acc, I>((work.written, stride_v), [rows, width_v]);
         if finite {
-            let paired = cast_slice_mut(work.paired);
-            pack_matrix::<I, 1>((cast_slice(work.written), stride_v), [rows, width_v], [paired], stride_v);
+            let (matrix, size) = ((cast_slice(work.written), stride_v), [rows, width_v]);
+            let (second, first) = cast_slice_mut(&mut *work.paired).split_at_mut(pairs * stride_v);
+            if self.reads {
+                pack_matrix::<I, 2>(matrix, size, [first, second], stride_v);
+            } else {
+                pack_matrix::<I, 1>(matrix, size, [first], stride_v);
+            }
         } else {
             head.add_met::<I>(work.products[0], work.written, work.sums);
         }
@@ -352,8 +369,13 @@ where
             pack_matrix::<I, 1>(written, [rows, width_v], [first], stride_v);
         }
         if finite {
-            let (met, written) = ((&*work.met, stride_of(chunk / 2)), (&*work.paired, stride_v));
-            multiply_tiles::<T::Acc, I>(Start::Sums, met, written, pairs / TILE, (work.sums, stride_v), [rows, width_v]);
+            let (met, size, steps) = ((&*work.met, stride_of(chunk)), [rows, width_v], pairs / TILE);
+            if self.reads {
+                // Each first part with the second one of the other side.
+                multiply_tiles::<T::Acc, I>(Start::Sums, met, (work.paired, stride_v), 2 * steps, (work.sums, stride_v), size);
+            }
+            let first = (&work.paired[pairs * stride_v..], stride_v);
+            multiply_tiles::<T::Acc, I>(Start::Sums, met, first, steps, (work.sums, stride_v), size);
         }
         work.alpha.fill(weights.since[rows - 1]);
         let start = if self.gates.is_some() { Start::Faded(work.alpha) } else { Start::Sums };
