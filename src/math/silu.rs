@@ -5,6 +5,18 @@ use crate::dtype::Float;
 use crate::simd::{Isa, SimdElement, Vector};
 use std::f64::consts::LOG2_E;
 
+/// `e^-x`, and `2^most` where it is more.
+#[inline(always)]
+fn powers_of_minus<T: SimdElement, I: Isa, const N: usize>(x: [T::V<I>; N], most: f64) -> [T::V<I>; N] {
+    let splat = |x| T::V::<I>::splat(T::Acc::from_f64(x));
+    let mut exponents = x;
+    for exponent in &mut exponents {
+        // The order of operands keeps a NaN.
+        *exponent = splat(-most / LOG2_E).max(*exponent).mul(splat(-LOG2_E));
+    }
+    exp2_each::<T, I, N>(exponents)
+}
+
 /// `x sigmoid(x)`: `x / (1 + e^-x)`, where a power beyond the largest number is infinite and makes 0 of finite `x`.
 #[inline(always)]
 pub fn silu<T: SimdElement, I: Isa>(x: T::V<I>) -> T::V<I> {
@@ -15,17 +27,11 @@ pub fn silu<T: SimdElement, I: Isa>(x: T::V<I>) -> T::V<I> {
 /// [`silu`] of several vectors in step, as [`exp2_each`].
 #[inline(always)]
 pub fn silu_each<T: SimdElement, I: Isa, const N: usize>(x: [T::V<I>; N]) -> [T::V<I>; N] {
-    let splat = |x| T::V::<I>::splat(T::Acc::from_f64(x));
     let infinite = if size_of::<T::Acc>() == size_of::<f64>() { 1024.0 } else { 128.0 };
-    let mut exponents = x;
-    for exponent in &mut exponents {
-        // The order of operands keeps a NaN.
-        *exponent = splat(-infinite / LOG2_E).max(*exponent).mul(splat(-LOG2_E));
-    }
-    let powers = exp2_each::<T, I, N>(exponents);
+    let one = T::V::<I>::splat(T::Acc::from_f64(1.0));
     let mut y = x;
-    for (y, power) in y.iter_mut().zip(powers) {
-        *y = y.div(splat(1.0).add(power));
+    for (y, power) in y.iter_mut().zip(powers_of_minus::<T, I, N>(x, infinite)) {
+        *y = y.div(one.add(power));
     }
     y
 }
@@ -34,19 +40,13 @@ pub fn silu_each<T: SimdElement, I: Isa, const N: usize>(x: [T::V<I>; N]) -> [T:
 /// it is added to, it is not exactly 0.
 #[inline(always)]
 pub fn silu_slope_each<T: SimdElement, I: Isa, const N: usize>(x: [T::V<I>; N]) -> [T::V<I>; N] {
-    let splat = |x| T::V::<I>::splat(T::Acc::from_f64(x));
     // Powers stay finite, as they are multiplied by what they make 0.
     let largest = if size_of::<T::Acc>() == size_of::<f64>() { 1020.0 } else { 124.0 };
-    let mut exponents = x;
-    for exponent in &mut exponents {
-        // The order of operands keeps a NaN.
-        *exponent = splat(-largest / LOG2_E).max(*exponent).mul(splat(-LOG2_E));
-    }
-    let powers = exp2_each::<T, I, N>(exponents);
+    let one = T::V::<I>::splat(T::Acc::from_f64(1.0));
     let mut slopes = x;
-    for (slope, power) in slopes.iter_mut().zip(powers) {
-        let s = splat(1.0).div(splat(1.0).add(power));
-        *slope = s.mul(slope.mul_add(power.mul(s), splat(1.0)));
+    for (slope, power) in slopes.iter_mut().zip(powers_of_minus::<T, I, N>(x, largest)) {
+        let s = one.div(one.add(power));
+        *slope = s.mul(slope.mul_add(power.mul(s), one));
     }
     slopes
 }

@@ -21,7 +21,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def made(steps: Any, *, bias: Any | None, is_softplus: bool, limits: tuple[float, float]) -> Any:
+def _made(steps: Any, *, bias: Any | None, is_softplus: bool, limits: tuple[float, float]) -> Any:
     """Returns what is made of step sizes `[B, T, H]`: `clip(softplus(steps + bias))`, softplus only if it is asked for."""
     if bias is not None:
         steps = steps + bias
@@ -38,5 +38,5 @@ def spelled_out(options: dict[str, Any]) -> dict[str, Any]:
         return options
     rates, bias, is_softplus, limits = (options.get(name, default) for name, default in _DEFAULTS.items())
     rest = {name: option for name, option in options.items() if name not in _DEFAULTS}
-    steps = made(options["beta"], bias=bias, is_softplus=is_softplus, limits=limits)
+    steps = _made(options["beta"], bias=bias, is_softplus=is_softplus, limits=limits)
     return {**rest, "g": steps * rates, "beta": steps}

@@ -54,7 +54,7 @@ fn seconds<T: SimdElement>(rule: &Rule<'_, T>) -> [bool; 2] {
 }
 
 /// One vector more than a row has, so that rows do not share the sets of a cache.
-fn stride_of(width: usize) -> usize {
+pub fn stride_of(width: usize) -> usize {
     width + MAX_LANES
 }
 

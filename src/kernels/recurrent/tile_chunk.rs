@@ -4,7 +4,7 @@
 //! results. Rounded to bf16 are the products of queries with keys, the state, and what is written. A rule that reads the state has sums of
 //! two bf16 of all three: no error of operands is written back, nor left where large corrections cancel in the outputs.
 
-use super::head::{BLOCK, Head, MAX_CHUNK};
+use super::head::{BLOCK, Head, MAX_CHUNK, stride_of};
 use super::pairs::Size;
 use super::{RecurrentArgs, RecurrentOut, Rule};
 use crate::dtype::{DType, Float};
@@ -31,11 +31,6 @@ pub fn takes<T: SimdElement, I: Isa>(args: &RecurrentArgs<'_, T>) -> bool {
 /// Pairs of channels, in whole tiles.
 fn pairs_of(head_dim: usize) -> usize {
     head_dim.div_ceil(2).next_multiple_of(TILE)
-}
-
-/// One line more than a row has, so that rows do not share the sets of a cache.
-fn stride_of(width: usize) -> usize {
-    width + TILE
 }
 
 /// The buffers of a chunk.
@@ -135,7 +130,7 @@ pub fn run<T: SimdElement, I: Isa>(
     }
     // Tiles wait for what vectors have just stored, and vectors for tiles: neither follows the other at once where that can be helped.
     tiled.pair_keys::<I>(work);
-    tiled.pack_state::<I>(work, state);
+    tiled.pack::<I>(state, head.size.width, work.state.each_mut().map(|part| &mut **part));
     tiled.multiply_readers::<I>(work);
     head.load_values::<I>(head.args.v, work.written);
     tiled.weigh_products::<I>(&weights, work);
@@ -246,15 +241,15 @@ where
         if self.reads { 2 } else { 1 }
     }
 
-    /// Rounds the state.
+    /// Rounds a matrix whose rows lie as those of the values: the state, or what is written.
     #[inline(always)]
-    fn pack_state<I: Isa>(&self, work: &mut TileChunk<'_, T::Acc>, state: &[T::Acc]) {
-        let (state, size) = ((cast_slice(state), self.head.stride_v), [self.head.size.width, self.head.width_v]);
-        let [first, second] = work.state.each_mut().map(|part| cast_slice_mut(part));
+    fn pack<I: Isa>(&self, matrix: &[T::Acc], rows: usize, [first, second]: [&mut [T::Acc]; 2]) {
+        let (stride, size) = (self.head.stride_v, [rows, self.head.width_v]);
+        let (matrix, first, second) = ((cast_slice(matrix), stride), cast_slice_mut(first), cast_slice_mut(second));
         if self.reads {
-            pack_matrix::<I, 2>(state, size, [first, second], self.head.stride_v);
+            pack_matrix::<I, 2>(matrix, size, [first, second], stride);
         } else {
-            pack_matrix::<I, 1>(state, size, [first], self.head.stride_v);
+            pack_matrix::<I, 1>(matrix, size, [first], stride);
         }
     }
 
@@ -348,26 +343,15 @@ where
         // Factors of 0 do not hide what is not finite.
         let finite = are_finite::<T::Acc, I>((work.written, stride_v), [rows, width_v]);
         if finite {
-            let (matrix, size) = ((cast_slice(work.written), stride_v), [rows, width_v]);
-            let (second, first) = cast_slice_mut(&mut *work.paired).split_at_mut(pairs * stride_v);
-            if self.reads {
-                pack_matrix::<I, 2>(matrix, size, [first, second], stride_v);
-            } else {
-                pack_matrix::<I, 1>(matrix, size, [first], stride_v);
-            }
+            let (second, first) = work.paired.split_at_mut(pairs * stride_v);
+            self.pack::<I>(work.written, rows, [first, second]);
         } else {
             head.add_met::<I>(work.products[0], work.written, work.sums);
         }
         let mut factors = weights.rows[1];
         multiply::<T::Acc, I>(&mut factors[..rows], &weights.until[..rows]);
         head.scale_rows::<I>(work.written, &factors);
-        let (first, second) = cast_slice_mut(work.faded).split_at_mut(pairs * stride_v);
-        let written = (cast_slice(work.written), stride_v);
-        if self.reads {
-            pack_matrix::<I, 2>(written, [rows, width_v], [first, second], stride_v);
-        } else {
-            pack_matrix::<I, 1>(written, [rows, width_v], [first], stride_v);
-        }
+        self.pack::<I>(work.written, rows, work.faded.split_at_mut(pairs * stride_v).into());
         if finite {
             let (met, size, steps) = ((&*work.met, stride_of(chunk)), [rows, width_v], pairs / TILE);
             if self.reads {
