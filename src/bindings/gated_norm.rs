@@ -2,7 +2,8 @@
 
 use super::array::{Array, Layout};
 use super::attention::dispatch_dtype;
-use super::recurrent::{numbers_of, typed};
+use super::named::numbers_of;
+use super::recurrent::typed;
 use super::{enter, result, runtime};
 use crate::dtype::{DType, Element};
 use crate::error::Error;

@@ -15,6 +15,7 @@ mod integers;
 mod kvcache;
 mod masks;
 mod merge;
+mod named;
 mod options;
 mod probes;
 mod recurrent;

@@ -2,7 +2,7 @@
 
 use super::array::{Array, ElementType, Layout};
 use super::attention::{View, check_memory, dispatch_dtype, lse_dtype, writer};
-use super::options::numbers;
+use super::named::Named;
 use super::step_sizes::Making;
 use super::varlen::starts;
 use super::{enter, result, runtime};
@@ -22,65 +22,6 @@ use pyo3::types::PyDict;
 const MAX_SEQUENCES: usize = 1 << 24;
 /// Elements of a state at most: each task has those of its heads in scratch.
 const MAX_STATE: usize = 1 << 22;
-
-/// Arrays beside queries, keys and values, by name.
-pub struct Named<'a, 'py>(pub &'a Bound<'py, PyDict>);
-
-impl<'py> Named<'_, 'py> {
-    /// An argument that is not `None`.
-    pub(super) fn get(&self, arg: &str) -> PyResult<Option<Bound<'py, PyAny>>> {
-        Ok(self.0.get_item(arg)?.filter(|object| !object.is_none()))
-    }
-
-    /// A flag, False where it is not given.
-    pub(super) fn flag(&self, arg: &str) -> PyResult<bool> {
-        self.get(arg)?.map_or(Ok(false), |flag| flag.extract())
-    }
-
-    /// An array of exactly that shape, of the dtype of `like` or of its accumulators.
-    pub(super) fn array(
-        &self,
-        arg: &'static str,
-        like: &Array<'py>,
-        shape: &[usize],
-        layout: Layout,
-    ) -> PyResult<Option<Array<'py>>> {
-        self.get(arg)?.map(|object| numbers_of(arg, &object, like, shape, layout)).transpose()
-    }
-}
-
-/// An array of exactly that shape, of the dtype of `like` or of its accumulators.
-///
-/// # Errors
-/// Those of the import, [`Error::Kind`], [`Error::Shape`] or [`Error::DType`].
-pub(super) fn numbers_of<'py>(
-    arg: &'static str,
-    object: &Bound<'py, PyAny>,
-    like: &Array<'py>,
-    shape: &[usize],
-    layout: Layout,
-) -> PyResult<Array<'py>> {
-    let array = Array::import(arg, object, layout)?;
-    like.check_kind(&array)?;
-    if array.shape() != shape {
-        return Err(Error::Shape { arg, expected: shape_text(shape), got: shape_text(array.shape()) }.into());
-    }
-    check_numbers(&array, like.float()?)?;
-    Ok(array)
-}
-
-/// Checks that numbers beside inputs of a dtype are of that, or of the dtype of its accumulators.
-///
-/// # Errors
-/// [`Error::DType`].
-pub(super) fn check_numbers(array: &Array<'_>, own: DType) -> Result<(), Error> {
-    let acc = lse_dtype(own);
-    if array.element == ElementType::Float(own) || array.element == ElementType::Float(acc) {
-        return Ok(());
-    }
-    let expected = if own == acc { own.to_string() } else { format!("{own} or {acc}") };
-    Err(Error::DType { arg: array.arg, expected, got: array.element.to_string() })
-}
 
 /// What is written to the state.
 pub enum Writes<'py> {
@@ -206,15 +147,7 @@ impl<'py> Call<'py> {
         for gates in [&steps, &channels].into_iter().flatten() {
             check_gates(gates)?;
         }
-        let vector = |arg: &'static str, expected: &[usize]| -> PyResult<Option<Vec<f64>>> {
-            let Some(object) = named.get(arg)? else { return Ok(None) };
-            let (data, got) = numbers(arg, &object, &q, &[DType::F32, DType::F64, q.float()?])?;
-            if got != expected {
-                return Err(Error::Shape { arg, expected: shape_text(expected), got: shape_text(&got) }.into());
-            }
-            Ok(Some(data))
-        };
-        let heads = vector("g_gamma", &[num_value_heads])?;
+        let heads = named.numbers("g_gamma", &q, &[num_value_heads])?;
         if let Some(gate) = heads.iter().flatten().find(|gate| **gate > 0.0) {
             let expected = "natural logarithms of decays, 0 or below".into();
             return Err(Error::Value { arg: "g_gamma", expected, got: gate.to_string() }.into());
@@ -226,7 +159,7 @@ impl<'py> Call<'py> {
             let arg = if given[1] == "gk" { "gk" } else { "g_gamma" };
             return Err(Error::Value { arg, expected, got: "an array".into() }.into());
         }
-        let bonus = vector("u", &[num_heads, head_dim])?;
+        let bonus = named.numbers("u", &q, &[num_heads, head_dim])?;
         let beta = named.array("beta", &q, &[batch, seqlen, num_value_heads], Layout::Any)?;
         let making = Making::read(&named, &q, num_value_heads, (beta.is_some(), given.first()))?;
         let writes = match (named.get("a")?, named.get("b")?) {

@@ -2,7 +2,8 @@
 
 use super::array::{Array, Layout};
 use super::attention::{check_memory, dispatch_dtype, lse_dtype};
-use super::recurrent::{Named, check_numbers, numbers_of, sequences, typed};
+use super::named::{Named, check_numbers, numbers_of};
+use super::recurrent::{sequences, typed};
 use super::{enter, integers, result, runtime};
 use crate::dtype::{DType, Element};
 use crate::error::Error;

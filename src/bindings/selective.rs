@@ -3,7 +3,8 @@
 use super::array::{Array, ElementType, Layout};
 use super::attention::{dispatch_dtype, lse_dtype};
 use super::backward::write_all;
-use super::recurrent::{Named, check_numbers, numbers_of, typed};
+use super::named::{Named, check_numbers, numbers_of};
+use super::recurrent::typed;
 use super::{enter, result, runtime};
 use crate::dtype::{DType, Element, Float};
 use crate::error::Error;

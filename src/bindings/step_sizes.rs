@@ -1,12 +1,9 @@
 //! `step_sizes` of `recurrent`: what gates and factors are made of, as the engine reads them.
 
 use super::array::Array;
-use super::options::numbers;
-use super::recurrent::Named;
-use crate::dtype::DType;
+use super::named::Named;
 use crate::error::Error;
 use crate::kernels::recurrent::StepSizes;
-use crate::tensor::shape_text;
 use pyo3::prelude::*;
 
 /// What `beta`, which is step sizes then, is made into: the factors of what is written, and, times a rate of each head, the gates.
@@ -23,20 +20,13 @@ impl Making {
     /// # Errors
     /// Those of the arrays; [`Error::Shape`] for others than one number for each head; [`Error::Value`] where gates could be above 0, are
     /// given, or there are no step sizes.
-    pub fn read(
-        named: &Named<'_, '_>,
-        like: &Array<'_>,
+    pub fn read<'py>(
+        named: &Named<'_, 'py>,
+        like: &Array<'py>,
         heads: usize,
         (has_steps, gates): (bool, Option<&&'static str>),
     ) -> PyResult<Option<Self>> {
-        let vector = |arg: &'static str| -> PyResult<Option<Vec<f64>>> {
-            let Some(object) = named.get(arg)? else { return Ok(None) };
-            let (data, got) = numbers(arg, &object, like, &[DType::F32, DType::F64, like.float()?])?;
-            if got != [heads] {
-                return Err(Error::Shape { arg, expected: shape_text(&[heads]), got: shape_text(&got) }.into());
-            }
-            Ok(Some(data))
-        };
+        let vector = |arg| named.numbers(arg, like, &[heads]);
         let Some(rates) = vector("step_rates")? else { return Ok(None) };
         if !has_steps {
             let expected = "step sizes, as step_rates is given".into();

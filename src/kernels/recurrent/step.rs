@@ -1,7 +1,8 @@
 //! The step form: one token after the other, for decoding and short sequences.
 //!
-//! The state is gone through twice for each token, a few vectors of columns at a time, so that the second time finds them in L1: once
-//! for what the token reads to know what it writes, once to fade it, write to it, and read it by the query.
+//! The state is gone through twice for each token, some vectors of columns at a time: once for what the token reads to know what it
+//! writes, once to fade it, write to it, and read it by the query. Both times request a part of the next head's state, so that memory
+//! never waits for arithmetic.
 
 use super::rows::load;
 use super::{Decay, RecurrentArgs, RecurrentOut, Rule};
@@ -9,7 +10,7 @@ use crate::dtype::Float;
 use crate::math::elementwise::{decays, multiply, scale};
 use crate::math::load::{MAX_LANES, load_adjacent, store_scaled};
 use crate::math::product::row_width;
-use crate::simd::{Isa, SimdElement, Vector, Wide};
+use crate::simd::{Isa, SimdElement, Vector, Wide, prefetch_lines};
 use crate::workspace::{Scratch, carve};
 use std::f64::consts::LOG2_E;
 
@@ -95,6 +96,7 @@ fn tokens<T: SimdElement, I: Isa>(
             let state = (&mut state[first..], width_v);
             first += lanes
                 * match left {
+                    8.. if I::REGISTERS >= 32 => columns::<T, I, 8>(args, token, first, state, sums),
                     4.. => columns::<T, I, 4>(args, token, first, state, sums),
                     2.. => columns::<T, I, 2>(args, token, first, state, sums),
                     _ => columns::<T, I, 1>(args, token, first, state, sums),
@@ -169,8 +171,11 @@ fn columns<T: SimdElement, I: Isa, const N: usize>(
     let head_dim = args.shape.head_dim;
     let mut written: [T::V<I>; N] = load_adjacent(&token.value[first..]);
     let mut read = [zero; N];
-    if !matches!(args.rule, Rule::Additive(_)) {
+    let reads = !matches!(args.rule, Rule::Additive(_));
+    let (next, requested) = (head_dim * stride, N * lanes / if reads { 2 } else { 1 });
+    if reads {
         for (row, &reader) in state.chunks(stride).zip(&token.reader[..head_dim]) {
+            prefetch_lines(row.as_ptr().wrapping_add(next), requested);
             for (v, read) in read.iter_mut().enumerate() {
                 *read = T::V::<I>::load(&row[v * lanes..]).mul_add(splat(reader), *read);
             }
@@ -185,6 +190,7 @@ fn columns<T: SimdElement, I: Isa, const N: usize>(
     let bonus = args.bonus.is_some();
     let mut found = [zero; N];
     for (d, row) in state.chunks_mut(stride).enumerate().take(head_dim) {
+        prefetch_lines(row.as_ptr().wrapping_add(next + N * lanes - requested), requested);
         let (fade, key, query) = (splat(token.fade[d]), splat(token.key[d]), splat(token.query[d]));
         for v in 0..N {
             let row = &mut row[v * lanes..];
