@@ -84,6 +84,16 @@ pub fn store_padded<T: SimdElement, I: Isa>(v: T::V<I>, out: &mut [T]) {
     }
 }
 
+/// As [`store_padded`]; whole vectors past the caches if asked for, see [`SimdElement::store_past_caches`].
+#[inline(always)]
+pub fn store_output<T: SimdElement, I: Isa>(v: T::V<I>, out: &mut [T], past_caches: bool) {
+    if past_caches && out.len() >= T::V::<I>::LANES {
+        T::store_past_caches::<I>(v, out);
+    } else {
+        store_padded::<T, I>(v, out);
+    }
+}
+
 /// Writes `factor` times a row of accumulators, which has whole vectors.
 #[inline(always)]
 pub fn store_scaled<T: SimdElement, I: Isa>(sums: &[T::Acc], factor: T::Acc, out: &mut [T]) {

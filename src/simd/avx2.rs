@@ -60,6 +60,15 @@ impl Vector for F32x8 {
         unsafe { _mm256_storeu_ps(dst.as_mut_ptr(), self.0) }
     }
     #[inline(always)]
+    fn store_past_caches(self, dst: &mut [f32]) {
+        let dst = &mut dst[..Self::LANES];
+        if dst.as_ptr().addr().is_multiple_of(size_of::<Self>()) {
+            unsafe { _mm256_stream_ps(dst.as_mut_ptr(), self.0) }
+        } else {
+            self.store(dst);
+        }
+    }
+    #[inline(always)]
     fn add(self, other: Self) -> Self {
         Self(unsafe { _mm256_add_ps(self.0, other.0) })
     }
@@ -160,6 +169,15 @@ impl Vector for F64x4 {
     fn store(self, dst: &mut [f64]) {
         let dst = &mut dst[..Self::LANES];
         unsafe { _mm256_storeu_pd(dst.as_mut_ptr(), self.0) }
+    }
+    #[inline(always)]
+    fn store_past_caches(self, dst: &mut [f64]) {
+        let dst = &mut dst[..Self::LANES];
+        if dst.as_ptr().addr().is_multiple_of(size_of::<Self>()) {
+            unsafe { _mm256_stream_pd(dst.as_mut_ptr(), self.0) }
+        } else {
+            self.store(dst);
+        }
     }
     #[inline(always)]
     fn add(self, other: Self) -> Self {

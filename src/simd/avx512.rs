@@ -86,6 +86,15 @@ impl Vector for F32x16 {
         unsafe { _mm512_storeu_ps(dst.as_mut_ptr(), self.0) }
     }
     #[inline(always)]
+    fn store_past_caches(self, dst: &mut [f32]) {
+        let dst = &mut dst[..Self::LANES];
+        if dst.as_ptr().addr().is_multiple_of(size_of::<Self>()) {
+            unsafe { _mm512_stream_ps(dst.as_mut_ptr(), self.0) }
+        } else {
+            self.store(dst);
+        }
+    }
+    #[inline(always)]
     fn add(self, other: Self) -> Self {
         Self(unsafe { _mm512_add_ps(self.0, other.0) })
     }
@@ -191,6 +200,15 @@ impl Vector for F64x8 {
     fn store(self, dst: &mut [f64]) {
         let dst = &mut dst[..Self::LANES];
         unsafe { _mm512_storeu_pd(dst.as_mut_ptr(), self.0) }
+    }
+    #[inline(always)]
+    fn store_past_caches(self, dst: &mut [f64]) {
+        let dst = &mut dst[..Self::LANES];
+        if dst.as_ptr().addr().is_multiple_of(size_of::<Self>()) {
+            unsafe { _mm512_stream_pd(dst.as_mut_ptr(), self.0) }
+        } else {
+            self.store(dst);
+        }
     }
     #[inline(always)]
     fn add(self, other: Self) -> Self {

@@ -19,6 +19,11 @@ pub trait SimdElement: Element {
     fn load<I: Isa>(src: &[Self]) -> Self::V<I>;
     /// Rounds into the first `LANES` elements.
     fn store<I: Isa>(v: Self::V<I>, dst: &mut [Self]);
+    /// As [`SimdElement::store`], past the caches if nothing is rounded; see [`Vector::store_past_caches`].
+    #[inline(always)]
+    fn store_past_caches<I: Isa>(v: Self::V<I>, dst: &mut [Self]) {
+        Self::store::<I>(v, dst);
+    }
 }
 
 /// A type that is its own accumulator.
@@ -63,6 +68,10 @@ impl SimdElement for f32 {
     fn store<I: Isa>(v: I::F32, dst: &mut [f32]) {
         v.store(dst);
     }
+    #[inline(always)]
+    fn store_past_caches<I: Isa>(v: I::F32, dst: &mut [f32]) {
+        v.store_past_caches(dst);
+    }
 }
 
 impl SimdElement for f64 {
@@ -76,6 +85,10 @@ impl SimdElement for f64 {
     #[inline(always)]
     fn store<I: Isa>(v: I::F64, dst: &mut [f64]) {
         v.store(dst);
+    }
+    #[inline(always)]
+    fn store_past_caches<I: Isa>(v: I::F64, dst: &mut [f64]) {
+        v.store_past_caches(dst);
     }
 }
 

@@ -1,4 +1,4 @@
-//! Hints that memory will be read soon.
+//! Hints that memory will be read or written soon, and the end of stores that pass the caches.
 
 const LINE: usize = 64;
 
@@ -38,4 +38,18 @@ pub fn prefetch_lines_to_write<T>(start: *const T, len: usize) {
         // SAFETY: a prefetch is a hint that never faults; a processor without this one does nothing.
         unsafe { std::arch::asm!("prefetchw [{}]", in(reg) start.wrapping_add(at), options(nostack, preserves_flags, readonly)) };
     }
+}
+
+/// Whether a row begins where a cache line does.
+#[inline(always)]
+pub fn begins_a_line<T>(row: &[T]) -> bool {
+    row.as_ptr().addr().is_multiple_of(LINE)
+}
+
+/// Waits for the stores of [`super::Vector::store_past_caches`], which other threads may else see after what tells them of it.
+#[inline(always)]
+#[expect(unsafe_code, reason = "an intrinsic without a safe form")]
+pub fn finish_stores() {
+    // SAFETY: every x86-64 has it.
+    unsafe { std::arch::x86_64::_mm_sfence() };
 }

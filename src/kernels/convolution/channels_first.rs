@@ -6,9 +6,9 @@
 use super::args::{ConvArgs, ConvOut, Run};
 use super::plan::runs_of;
 use crate::dtype::Float;
-use crate::math::load::{MAX_LANES, load_adjacent, load_padded, store_padded, widen};
+use crate::math::load::{MAX_LANES, load_adjacent, load_padded, store_output, widen};
 use crate::math::silu::silu_each;
-use crate::simd::{Isa, SimdElement, Task, Vector, prefetch_lines, prefetch_lines_to_write};
+use crate::simd::{Isa, SimdElement, Task, Vector, begins_a_line, finish_stores, prefetch_lines, prefetch_lines_to_write};
 use crate::workspace::{Scratch, carve};
 
 /// Tokens that are staged at a time, so that they stay in L1.
@@ -130,6 +130,9 @@ impl<T: SimdElement> Task for Forward<'_, T> {
                 self.channel::<I>(run, channel, &filter, rest, &mut out[run.first..run.first + run.len]);
             }
         }
+        if self.args.writes_past_caches() {
+            finish_stores();
+        }
     }
 }
 
@@ -139,6 +142,7 @@ struct Tokens<'r, T> {
     residual: Option<&'r [T]>,
     out: &'r mut [T],
     silu: bool,
+    past_caches: bool,
 }
 
 impl<T: SimdElement> Tokens<'_, T> {
@@ -158,7 +162,7 @@ impl<T: SimdElement> Tokens<'_, T> {
         }
         let out = &mut self.out[t..end];
         for (i, y) in y.into_iter().enumerate() {
-            store_padded::<T, I>(y, &mut out[i * lanes..]);
+            store_output::<T, I>(y, &mut out[i * lanes..], self.past_caches);
         }
     }
 
@@ -166,7 +170,9 @@ impl<T: SimdElement> Tokens<'_, T> {
     #[inline(always)]
     fn request(&self, t: usize, len: usize) {
         prefetch_lines(self.x.as_ptr().wrapping_add(t + AHEAD), len);
-        prefetch_lines_to_write(self.out.as_ptr().wrapping_add(t + AHEAD), len);
+        if !self.past_caches {
+            prefetch_lines_to_write(self.out.as_ptr().wrapping_add(t + AHEAD), len);
+        }
     }
 }
 
@@ -185,7 +191,8 @@ impl<T: SimdElement> Forward<'_, T> {
         }
         let (x, before) = (&args.x.row(run.batch, channel, 0)[of_run], args.shape.width - 1);
         let (lanes, together) = (T::V::<I>::LANES, TOGETHER * T::V::<I>::LANES);
-        let mut tokens = Tokens { x, residual, out, silu: args.silu };
+        let past_caches = args.writes_past_caches() && begins_a_line(out);
+        let mut tokens = Tokens { x, residual, out, silu: args.silu, past_caches };
         stage_past(args, run, (channel, 0), line);
         // Inputs that need not be widened are staged only where filters reach before the run.
         let widened = size_of::<T>() < size_of::<T::Acc>();

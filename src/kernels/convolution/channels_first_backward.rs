@@ -4,10 +4,10 @@ use super::args::{ConvArgs, ConvGradients, ConvGradientsOut, Run};
 use super::channels_first::{AHEAD, Filter, SPAN, Staged, TOGETHER, stage_past};
 use super::plan::runs_of;
 use crate::dtype::Float;
-use crate::math::load::{MAX_LANES, load_padded, store_padded, widen};
+use crate::math::load::{MAX_LANES, load_padded, store_output, widen};
 use crate::math::silu::silu_slope_each;
 use crate::parallel::RowWriter;
-use crate::simd::{Isa, SimdElement, Task, Vector, Wide, prefetch_lines, prefetch_lines_to_write};
+use crate::simd::{Isa, SimdElement, Task, Vector, Wide, begins_a_line, finish_stores, prefetch_lines, prefetch_lines_to_write};
 use crate::workspace::{Scratch, carve};
 
 /// Tasks are rows of the batch times groups of channels.
@@ -58,6 +58,9 @@ where
                 self.channel::<I>(run, channel, &filter, &mut line, &mut out[run.first..run.first + run.len]);
             }
         }
+        if self.args.writes_past_caches() {
+            finish_stores();
+        }
     }
 }
 
@@ -76,6 +79,7 @@ where
     ) {
         let (shape, reach) = (&self.args.shape, self.args.shape.width - 1);
         let first_in_state = self.given.first_in_state(shape, run);
+        let past_caches = self.args.writes_past_caches() && begins_a_line(out);
         let mut start = 0;
         loop {
             let end = run.len.min(start + SPAN);
@@ -92,8 +96,10 @@ where
                 for (j, &tap) in filter.taps.iter().enumerate() {
                     dx = T::V::<I>::load(&line.g[t - start + reach - j..]).mul_add(T::V::<I>::splat(tap), dx);
                 }
-                prefetch_lines_to_write(out.as_ptr().wrapping_add(t + AHEAD), T::V::<I>::LANES);
-                store_padded::<T, I>(dx, &mut out[t..end]);
+                if !past_caches {
+                    prefetch_lines_to_write(out.as_ptr().wrapping_add(t + AHEAD), T::V::<I>::LANES);
+                }
+                store_output::<T, I>(dx, &mut out[t..end], past_caches);
                 t += T::V::<I>::LANES;
             }
             for (token, out) in out.iter_mut().enumerate().take(end).skip(first_in_state.max(start)) {

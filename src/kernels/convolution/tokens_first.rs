@@ -7,9 +7,9 @@ use super::args::{BLOCK, ConvArgs, ConvOut};
 use super::plan::{Piece, Plan};
 use super::taps::{Taps, interleaved};
 use crate::dtype::Float;
-use crate::math::load::{MAX_LANES, load_padded, store_padded};
+use crate::math::load::{MAX_LANES, load_padded, store_output};
 use crate::math::silu::silu_each;
-use crate::simd::{Isa, SimdElement, Task, Vector, prefetch_lines, prefetch_lines_to_write};
+use crate::simd::{Isa, SimdElement, Task, Vector, begins_a_line, finish_stores, prefetch_lines, prefetch_lines_to_write};
 use crate::workspace::Scratch;
 use std::ops::Range;
 
@@ -38,9 +38,13 @@ impl<T: SimdElement> Task for Forward<'_, T> {
         let channels = self.args.shape.channels;
         let blocks = channels.div_ceil(BLOCK);
         let block = index % blocks;
-        let block = Block { number: block, first: block * BLOCK, width: BLOCK.min(channels - block * BLOCK) };
+        let past_caches = self.args.writes_past_caches();
+        let block = Block { number: block, first: block * BLOCK, width: BLOCK.min(channels - block * BLOCK), past_caches };
         for piece in self.plan.group(index / blocks) {
             self.piece::<I>(piece, &block);
+        }
+        if past_caches {
+            finish_stores();
         }
     }
 }
@@ -50,6 +54,7 @@ struct Block {
     number: usize,
     first: usize,
     width: usize,
+    past_caches: bool,
 }
 
 impl Block {
@@ -110,7 +115,7 @@ impl<T: SimdElement> Forward<'_, T> {
             for j in 0..width {
                 y = T::V::<I>::load(&rows[j * stride + d..]).mul_add(T::V::<I>::load(&taps[j * MAX_LANES..]), y);
             }
-            self.finish::<I, 1>([y], piece, (at, block.first + d), (&mut out, d));
+            self.finish::<I, 1>([y], piece, (at, block), (&mut out, d));
             d += lanes;
         }
     }
@@ -138,6 +143,7 @@ impl<T: SimdElement> Forward<'_, T> {
         let data = &data[block.first..];
         let rows: [&[T]; WINDOW] = std::array::from_fn(|i| &data[i.min(R + width - 2) * stride..][..block.width]);
         let (lanes, whole) = (T::V::<I>::LANES, block.width & !(T::V::<I>::LANES - 1));
+        let past_caches = block.past_caches && out.iter().all(|row| begins_a_line(row));
         let next = at + R + TILE <= piece.end;
         let x_ahead = data.as_ptr().wrapping_add((R + width - 1) * stride);
         let out_ahead = out.each_ref().map(|row| row.as_ptr().wrapping_add(R * self.args.shape.channels));
@@ -147,7 +153,9 @@ impl<T: SimdElement> Forward<'_, T> {
             if next && d.is_multiple_of(LINE / size_of::<T>()) {
                 for (r, out) in out_ahead.into_iter().enumerate() {
                     prefetch_lines(x_ahead.wrapping_add(r * stride + d), lanes);
-                    prefetch_lines_to_write(out.wrapping_add(d), lanes);
+                    if !past_caches {
+                        prefetch_lines_to_write(out.wrapping_add(d), lanes);
+                    }
                 }
             }
             let y = if W > 0 {
@@ -155,7 +163,7 @@ impl<T: SimdElement> Forward<'_, T> {
             } else {
                 self.sums_of_any_width::<I, R>((&data[d..], stride), block.first + d)
             };
-            self.finish::<I, R>(y, piece, (at, block.first + d), (&mut out, d));
+            self.finish::<I, R>(y, piece, (at, block), (&mut out, d));
             d += lanes;
         }
         if d < block.width {
@@ -164,7 +172,7 @@ impl<T: SimdElement> Forward<'_, T> {
             } else {
                 self.sums_of_any_width::<I, R>((&data[d..], stride), block.first + d)
             };
-            self.finish::<I, R>(y, piece, (at, block.first + d), (&mut out, d));
+            self.finish::<I, R>(y, piece, (at, block), (&mut out, d));
         }
     }
 
@@ -206,7 +214,7 @@ impl<T: SimdElement> Forward<'_, T> {
         &self,
         mut y: [T::V<I>; R],
         piece: &Piece,
-        (at, channel): (usize, usize),
+        (at, block): (usize, &Block),
         (out, d): (&mut [&mut [T]; R], usize),
     ) {
         if self.args.silu {
@@ -216,11 +224,11 @@ impl<T: SimdElement> Forward<'_, T> {
             let run = &self.args.runs[piece.run];
             for (r, y) in y.iter_mut().enumerate() {
                 let row = residual.row(run.batch, run.first + at + r, 0);
-                *y = y.add(load_padded::<T, I>(&row[channel..]));
+                *y = y.add(load_padded::<T, I>(&row[block.first + d..]));
             }
         }
         for (y, out) in y.into_iter().zip(out) {
-            store_padded::<T, I>(y, &mut out[d..]);
+            store_output::<T, I>(y, &mut out[d..], block.past_caches);
         }
     }
 }

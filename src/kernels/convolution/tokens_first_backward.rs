@@ -9,10 +9,10 @@ use super::plan::{Piece, Plan};
 use super::taps::{Taps, place};
 use super::tokens_first::{TILE, WINDOW};
 use crate::dtype::Float;
-use crate::math::load::{MAX_LANES, load_padded, store_padded, widen};
+use crate::math::load::{MAX_LANES, load_padded, store_output, store_padded, widen};
 use crate::math::silu::silu_slope_each;
 use crate::parallel::RowWriter;
-use crate::simd::{Isa, SimdElement, Task, Vector, Wide, prefetch_lines};
+use crate::simd::{Isa, SimdElement, Task, Vector, Wide, finish_stores, prefetch_lines};
 use crate::workspace::{Scratch, carve};
 
 /// Tasks are groups of pieces times blocks of channels.
@@ -31,6 +31,7 @@ struct Block<'s, E> {
     number: usize,
     first: usize,
     width: usize,
+    past_caches: bool,
     /// Rows of `g` of the `W - 1` tokens before, interleaved.
     before: &'s mut [E],
     /// Sums of the gradients of filters and biases, interleaved.
@@ -67,6 +68,7 @@ where
             number,
             first,
             width: own,
+            past_caches: self.args.writes_past_caches(),
             before: carve(&mut rest, stride * (width - 1)),
             sums: self.sums.row(group, 0, number),
             rows: carve(&mut rest, stride * width),
@@ -80,6 +82,9 @@ where
                 4 => self.piece::<I, 4>(piece, &mut block),
                 _ => self.piece::<I, 0>(piece, &mut block),
             }
+        }
+        if block.past_caches {
+            finish_stores();
         }
     }
 }
@@ -307,7 +312,7 @@ where
             all[TILE + i].store(&mut before[i * MAX_LANES..]);
         }
         for (dx, out) in dx.into_iter().zip(out) {
-            store_padded::<T, I>(dx, &mut out[d..]);
+            store_output::<T, I>(dx, &mut out[d..], block.past_caches);
         }
     }
 }
