@@ -94,15 +94,15 @@ pub fn store_output<T: SimdElement, I: Isa>(v: T::V<I>, out: &mut [T], past_cach
     }
 }
 
-/// Writes `factor` times a row of accumulators, which has whole vectors.
+/// Writes `factor` times a row of accumulators, which has whole vectors; past the caches as [`store_output`].
 #[inline(always)]
-pub fn store_scaled<T: SimdElement, I: Isa>(sums: &[T::Acc], factor: T::Acc, out: &mut [T]) {
+pub fn store_scaled<T: SimdElement, I: Isa>(sums: &[T::Acc], factor: T::Acc, out: &mut [T], past_caches: bool) {
     let lanes = T::V::<I>::LANES;
     let factor = T::V::<I>::splat(factor);
     let whole = out.len() & !(lanes - 1);
     let mut d = 0;
     while d < whole {
-        T::store::<I>(T::V::<I>::load(&sums[d..]).mul(factor), &mut out[d..]);
+        store_output::<T, I>(T::V::<I>::load(&sums[d..]).mul(factor), &mut out[d..], past_caches);
         d += lanes;
     }
     if whole < out.len() {
@@ -143,4 +143,60 @@ pub fn is_zero<T: SimdElement, I: Isa>(v: T::V<I>) -> bool {
     let mut lanes = [T::Acc::ZERO; MAX_LANES];
     v.store(&mut lanes);
     lanes.iter().all(|&x| x == T::Acc::ZERO)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::{Level, Task};
+    use half::bf16;
+    use std::sync::Mutex;
+
+    /// Of each offset from an aligned address and each length: what was written, and what surrounds it.
+    struct AllPlaces<T: SimdElement>(Mutex<Vec<Vec<T>>>);
+
+    /// Elements whose first one begins a cache line.
+    #[repr(align(64))]
+    struct Lines<T>([T; 48]);
+
+    impl<T: SimdElement> Task for AllPlaces<T> {
+        const MULTIPLIES_BF16: bool = false;
+
+        #[inline(always)]
+        fn run<I: Isa>(&self, index: usize) {
+            let numbers: [T::Acc; MAX_LANES] = std::array::from_fn(|i| T::Acc::from_f64(i as f64 + 1.0));
+            for (first, len) in (0..=MAX_LANES).flat_map(|first| (0..=T::V::<I>::LANES).map(move |len| (first, len))) {
+                let mut lines = Lines([T::zeroed(); 48]);
+                store_output::<T, I>(T::V::<I>::load(&numbers), &mut lines.0[first..first + len], index == 1);
+                crate::simd::finish_stores();
+                self.0.lock().unwrap().push(lines.0.to_vec());
+            }
+        }
+    }
+
+    fn check<T: SimdElement>() {
+        for level in Level::available() {
+            let [plain, past] = [0, 1].map(|index| {
+                let all = AllPlaces::<T>(Mutex::default());
+                level.run(&all, index);
+                all.0.into_inner().unwrap()
+            });
+            let per_offset = plain.len() / (MAX_LANES + 1);
+            for (place, (plain, past)) in plain.iter().zip(&past).enumerate() {
+                let (first, len) = (place / per_offset, place % per_offset);
+                for (i, (plain, past)) in plain.iter().zip(past).enumerate() {
+                    let want = if (first..first + len).contains(&i) { (i - first) as f64 + 1.0 } else { 0.0 };
+                    let found = [plain, past].map(|x| x.to_acc().to_f64());
+                    assert!(found.iter().all(|x| x.to_bits() == want.to_bits()), "{level:?}, {first}, {len}, {i}: {found:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn outputs_are_written_wherever_they_lie() {
+        check::<f32>();
+        check::<f64>();
+        check::<bf16>();
+    }
 }

@@ -16,7 +16,7 @@ mod turns;
 pub use rows::{PieceWriter, RowWriter, axes_are_disjoint, rows_are_disjoint};
 pub use turns::{RowTurns, Turn};
 
-use crate::simd::{Level, Task};
+use crate::simd::{Level, Task, finish_stores};
 use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -63,6 +63,7 @@ pub fn for_each_tile(level: Level, threads: usize, count: usize, task: &(impl Ta
             }
             level.run(task, index);
         }
+        finish_stores();
     };
     let threads = threads.min(MAX_THREADS);
     if threads.min(count) <= 1 || IN_TASK.get() {

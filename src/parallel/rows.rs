@@ -1,9 +1,13 @@
 //! Outputs that tasks share: each row is written by one of them.
 
-use crate::simd::prefetch_lines_to_write;
+use crate::simd::{LINE, prefetch_lines_to_write};
 use std::marker::PhantomData;
 #[cfg(debug_assertions)]
 use std::sync::atomic::Ordering;
+
+/// Results of so many bytes would displace what is in the caches, and be displaced before they are read; and of each line that is not
+/// there all would be read before it is written.
+const LARGE: usize = 8 << 20;
 
 /// A writable `[B, S, H, D]` array whose rows are handed out to tasks, each row to one task.
 ///
@@ -14,6 +18,7 @@ pub struct RowWriter<'a, T> {
     strides: [usize; 3],
     /// Elements of the rows of the last head.
     last_width: usize,
+    passes_caches: bool,
     #[cfg(debug_assertions)]
     given: Vec<std::sync::atomic::AtomicBool>,
     memory: PhantomData<&'a mut [T]>,
@@ -40,6 +45,7 @@ impl<'a, T> RowWriter<'a, T> {
             shape,
             strides,
             last_width: shape[3],
+            passes_caches: Self::is_large(shape) && Self::is_in_lines(data.as_ptr(), strides),
             #[cfg(debug_assertions)]
             given: Self::not_given(shape),
             memory: PhantomData,
@@ -55,14 +61,30 @@ impl<'a, T> RowWriter<'a, T> {
         let whole = Self::new(data, [batch, seqlen, 1, channels], [strides[0], strides[1], 0]);
         let count = channels.div_ceil(width);
         let shape = [batch, seqlen, count, width];
+        let strides = [strides[0], strides[1], width];
         Self {
             shape,
-            strides: [strides[0], strides[1], width],
+            strides,
+            passes_caches: whole.passes_caches && Self::is_in_lines(whole.start, strides),
             last_width: channels - count.saturating_sub(1) * width,
             #[cfg(debug_assertions)]
             given: Self::not_given(shape),
             ..whole
         }
+    }
+
+    fn is_large(shape: [usize; 4]) -> bool {
+        shape.iter().product::<usize>() * size_of::<T>() >= LARGE
+    }
+
+    fn is_in_lines(start: *const T, strides: [usize; 3]) -> bool {
+        start.addr().is_multiple_of(LINE) && strides.iter().all(|stride| (stride * size_of::<T>()).is_multiple_of(LINE))
+    }
+
+    /// Whether rows had better be written past the caches, see [`crate::simd::SimdElement::store_past_caches`]: there are many, each begins
+    /// with a cache line, and nothing is rounded to half of a line.
+    pub fn passes_caches(&self) -> bool {
+        self.passes_caches && size_of::<T>() >= size_of::<f32>()
     }
 
     #[cfg(debug_assertions)]
@@ -92,9 +114,12 @@ impl<'a, T> RowWriter<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(self.start.add(offset), width) }
     }
 
-    /// Starts bringing a row into the cache, to be written.
+    /// Starts bringing a row into the cache, to be written, unless rows pass the caches.
     #[inline(always)]
     pub fn prefetch(&self, batch: usize, token: usize, head: usize) {
+        if self.passes_caches() {
+            return;
+        }
         let offset = batch * self.strides[0] + token * self.strides[1] + head * self.strides[2];
         prefetch_lines_to_write(self.start.wrapping_add(offset), self.shape[3]);
     }
@@ -206,6 +231,26 @@ mod tests {
             }
         }
         assert!(data.iter().enumerate().all(|(i, &x)| i == usize::from(x)));
+    }
+
+    #[test]
+    fn large_rows_of_whole_lines_pass_the_caches() {
+        let lines = LARGE / 64;
+        let mut data = vec![0f32; LARGE / 4 / 32 * 33 + 2 * 16];
+        let first = data.as_ptr().align_offset(LINE);
+        let of = |data: &mut [f32], tokens, width, stride| {
+            RowWriter::new(data, [1, tokens, 1, width], [tokens * stride, stride, stride]).passes_caches()
+        };
+        assert!(of(&mut data[first..], lines, 16, 16));
+        assert!(!of(&mut data[first..], lines - 1, 16, 16), "too few");
+        assert!(!of(&mut data[first + 1..], lines, 16, 16), "rows begin within lines");
+        assert!(!of(&mut data[first..], lines / 2, 32, 33), "so do later rows");
+        let halves: &mut [u16] = bytemuck::cast_slice_mut(&mut data[first..]);
+        assert!(!RowWriter::new(halves, [1, lines, 1, 32], [lines * 32, 32, 32]).passes_caches(), "rounded");
+        let blocks =
+            |data: &mut [f32], width| RowWriter::blocks(data, [1, lines / 4, 64], [lines * 16, 64], width).passes_caches();
+        assert!(blocks(&mut data[first..], 32));
+        assert!(!blocks(&mut data[first..], 24), "blocks begin within lines");
     }
 
     #[test]

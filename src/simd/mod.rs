@@ -20,7 +20,7 @@ pub use element::{SimdElement, Wide};
 pub use kernel::{PairDot, VectorKernel, Widen};
 pub use level::Level;
 pub use micro::{cross_tile, dot_tile, tile, weigh_tile};
-pub use prefetch::{begins_a_line, finish_stores, prefetch, prefetch_lines, prefetch_lines_to_write};
+pub use prefetch::{LINE, begins_a_line, finish_stores, prefetch, prefetch_lines, prefetch_lines_to_write};
 pub use probe::{ProbeKind, peak_flops_loop, sum_bytes};
 pub use row_block::{BLOCK_ROWS, RowBlock};
 
@@ -46,7 +46,7 @@ pub trait Vector: Copy + 'static {
     fn load(src: &[Self::Elem]) -> Self;
     /// Writes the first `LANES` elements.
     fn store(self, dst: &mut [Self::Elem]);
-    /// As [`Vector::store`], past the caches where the address is one of whole registers; [`finish_stores`] makes it visible.
+    /// As [`Vector::store`], past the caches where the address is one of whole registers; other threads see it after [`finish_stores`].
     #[inline(always)]
     fn store_past_caches(self, dst: &mut [Self::Elem]) {
         self.store(dst);

@@ -1,6 +1,7 @@
 //! Hints that memory will be read or written soon, and the end of stores that pass the caches.
 
-const LINE: usize = 64;
+/// Bytes of a cache line.
+pub const LINE: usize = 64;
 
 /// Starts bringing the cache line of an address into L2. The address need not be valid.
 #[inline(always)]
@@ -46,7 +47,8 @@ pub fn begins_a_line<T>(row: &[T]) -> bool {
     row.as_ptr().addr().is_multiple_of(LINE)
 }
 
-/// Waits for the stores of [`super::Vector::store_past_caches`], which other threads may else see after what tells them of it.
+/// Makes the stores of [`super::Vector::store_past_caches`] visible before those that follow: they may else be seen after what tells other
+/// threads that they are done.
 #[inline(always)]
 #[expect(unsafe_code, reason = "an intrinsic without a safe form")]
 pub fn finish_stores() {

@@ -5,10 +5,6 @@ use crate::error::Result;
 use crate::parallel::RowWriter;
 use crate::tensor::{Tensor, extent};
 
-/// Results of so many bytes would displace what is in the caches, and be displaced before they are read; and each line that is not there
-/// would be read before it is written.
-const PAST_CACHES: usize = 8 << 20;
-
 /// The sizes of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConvShape {
@@ -123,12 +119,6 @@ pub struct ConvArgs<'a, T: Element> {
 }
 
 impl<T: Element> ConvArgs<'_, T> {
-    /// Whether results as large as `x` are written past the caches.
-    pub(super) fn writes_past_caches(&self) -> bool {
-        let bytes = self.shape.batch * self.shape.channels * self.shape.seqlen * size_of::<T>();
-        size_of::<T>() == size_of::<T::Acc>() && bytes >= PAST_CACHES
-    }
-
     /// What lies `back` tokens before the first one of a run, 1 or more and at most `S`.
     #[inline(always)]
     pub(super) fn past(&self, run: &Run, channel: usize, back: usize) -> T::Acc {

@@ -8,7 +8,7 @@ use super::plan::runs_of;
 use crate::dtype::Float;
 use crate::math::load::{MAX_LANES, load_adjacent, load_padded, store_output, widen};
 use crate::math::silu::silu_each;
-use crate::simd::{Isa, SimdElement, Task, Vector, begins_a_line, finish_stores, prefetch_lines, prefetch_lines_to_write};
+use crate::simd::{Isa, SimdElement, Task, Vector, begins_a_line, prefetch_lines, prefetch_lines_to_write};
 use crate::workspace::{Scratch, carve};
 
 /// Tokens that are staged at a time, so that they stay in L1.
@@ -130,9 +130,6 @@ impl<T: SimdElement> Task for Forward<'_, T> {
                 self.channel::<I>(run, channel, &filter, rest, &mut out[run.first..run.first + run.len]);
             }
         }
-        if self.args.writes_past_caches() {
-            finish_stores();
-        }
     }
 }
 
@@ -191,7 +188,7 @@ impl<T: SimdElement> Forward<'_, T> {
         }
         let (x, before) = (&args.x.row(run.batch, channel, 0)[of_run], args.shape.width - 1);
         let (lanes, together) = (T::V::<I>::LANES, TOGETHER * T::V::<I>::LANES);
-        let past_caches = args.writes_past_caches() && begins_a_line(out);
+        let past_caches = self.out.out.passes_caches() && begins_a_line(out);
         let mut tokens = Tokens { x, residual, out, silu: args.silu, past_caches };
         stage_past(args, run, (channel, 0), line);
         // Inputs that need not be widened are staged only where filters reach before the run.

@@ -7,7 +7,7 @@ use crate::dtype::Float;
 use crate::math::load::{MAX_LANES, load_padded, store_output, widen};
 use crate::math::silu::silu_slope_each;
 use crate::parallel::RowWriter;
-use crate::simd::{Isa, SimdElement, Task, Vector, Wide, begins_a_line, finish_stores, prefetch_lines, prefetch_lines_to_write};
+use crate::simd::{Isa, SimdElement, Task, Vector, Wide, begins_a_line, prefetch_lines, prefetch_lines_to_write};
 use crate::workspace::{Scratch, carve};
 
 /// Tasks are rows of the batch times groups of channels.
@@ -58,9 +58,6 @@ where
                 self.channel::<I>(run, channel, &filter, &mut line, &mut out[run.first..run.first + run.len]);
             }
         }
-        if self.args.writes_past_caches() {
-            finish_stores();
-        }
     }
 }
 
@@ -79,7 +76,7 @@ where
     ) {
         let (shape, reach) = (&self.args.shape, self.args.shape.width - 1);
         let first_in_state = self.given.first_in_state(shape, run);
-        let past_caches = self.args.writes_past_caches() && begins_a_line(out);
+        let past_caches = self.out.x.passes_caches() && begins_a_line(out);
         let mut start = 0;
         loop {
             let end = run.len.min(start + SPAN);

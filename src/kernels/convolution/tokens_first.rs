@@ -9,7 +9,7 @@ use super::taps::{Taps, interleaved};
 use crate::dtype::Float;
 use crate::math::load::{MAX_LANES, load_padded, store_output};
 use crate::math::silu::silu_each;
-use crate::simd::{Isa, SimdElement, Task, Vector, begins_a_line, finish_stores, prefetch_lines, prefetch_lines_to_write};
+use crate::simd::{Isa, LINE, SimdElement, Task, Vector, prefetch_lines, prefetch_lines_to_write};
 use crate::workspace::Scratch;
 use std::ops::Range;
 
@@ -19,8 +19,6 @@ pub(super) const TILE: usize = 4;
 pub(super) const MOST_TAPS: usize = 4;
 /// Rows of inputs of a tile.
 pub(super) const WINDOW: usize = TILE + MOST_TAPS - 1;
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// Tasks are groups of pieces times blocks of channels.
 pub struct Forward<'a, T: SimdElement> {
@@ -38,13 +36,10 @@ impl<T: SimdElement> Task for Forward<'_, T> {
         let channels = self.args.shape.channels;
         let blocks = channels.div_ceil(BLOCK);
         let block = index % blocks;
-        let past_caches = self.args.writes_past_caches();
+        let past_caches = self.out.out.passes_caches();
         let block = Block { number: block, first: block * BLOCK, width: BLOCK.min(channels - block * BLOCK), past_caches };
         for piece in self.plan.group(index / blocks) {
             self.piece::<I>(piece, &block);
-        }
-        if past_caches {
-            finish_stores();
         }
     }
 }
@@ -143,7 +138,6 @@ impl<T: SimdElement> Forward<'_, T> {
         let data = &data[block.first..];
         let rows: [&[T]; WINDOW] = std::array::from_fn(|i| &data[i.min(R + width - 2) * stride..][..block.width]);
         let (lanes, whole) = (T::V::<I>::LANES, block.width & !(T::V::<I>::LANES - 1));
-        let past_caches = block.past_caches && out.iter().all(|row| begins_a_line(row));
         let next = at + R + TILE <= piece.end;
         let x_ahead = data.as_ptr().wrapping_add((R + width - 1) * stride);
         let out_ahead = out.each_ref().map(|row| row.as_ptr().wrapping_add(R * self.args.shape.channels));
@@ -153,7 +147,7 @@ impl<T: SimdElement> Forward<'_, T> {
             if next && d.is_multiple_of(LINE / size_of::<T>()) {
                 for (r, out) in out_ahead.into_iter().enumerate() {
                     prefetch_lines(x_ahead.wrapping_add(r * stride + d), lanes);
-                    if !past_caches {
+                    if !block.past_caches {
                         prefetch_lines_to_write(out.wrapping_add(d), lanes);
                     }
                 }

@@ -12,7 +12,7 @@ use crate::dtype::Float;
 use crate::math::load::{MAX_LANES, load_padded, store_output, store_padded, widen};
 use crate::math::silu::silu_slope_each;
 use crate::parallel::RowWriter;
-use crate::simd::{Isa, SimdElement, Task, Vector, Wide, finish_stores, prefetch_lines};
+use crate::simd::{Isa, SimdElement, Task, Vector, Wide, prefetch_lines};
 use crate::workspace::{Scratch, carve};
 
 /// Tasks are groups of pieces times blocks of channels.
@@ -68,7 +68,7 @@ where
             number,
             first,
             width: own,
-            past_caches: self.args.writes_past_caches(),
+            past_caches: self.out.x.passes_caches(),
             before: carve(&mut rest, stride * (width - 1)),
             sums: self.sums.row(group, 0, number),
             rows: carve(&mut rest, stride * width),
@@ -82,9 +82,6 @@ where
                 4 => self.piece::<I, 4>(piece, &mut block),
                 _ => self.piece::<I, 0>(piece, &mut block),
             }
-        }
-        if block.past_caches {
-            finish_stores();
         }
     }
 }

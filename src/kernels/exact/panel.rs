@@ -7,7 +7,7 @@ use super::plan::Buffers;
 use crate::dtype::Float;
 use crate::kernels::bias::Bias;
 use crate::kernels::score_mod::Normalizer;
-use crate::math::load::MAX_LANES;
+use crate::math::load::{MAX_LANES, store_output};
 use crate::math::online_softmax::{Column, Exponential, MaskedExponential, Ready, probabilities, scale_base2, step};
 use crate::math::score_pass;
 use crate::math::tile::TileKernel;
@@ -232,7 +232,6 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
             }
             self.l[lane] = factor;
         }
-        let zeros = [T::zeroed(); MAX_LANES];
         for v in 0..self.lanes.rows.div_ceil(lanes) {
             let shrink = T::V::<I>::load(&self.l[v * lanes..]);
             let filled = lanes.min(self.lanes.rows - v * lanes);
@@ -249,13 +248,7 @@ impl<'a, T: SimdElement, I: Isa, K: TileKernel<T>> Panel<'a, T, I, K> {
                 let block = T::V::<I>::transpose(block);
                 let count = lanes.min(head_dim_v - d);
                 for (row, &values) in rows[..filled].iter_mut().zip(block.as_ref()) {
-                    if count == lanes {
-                        T::store::<I>(values, &mut row[d..]);
-                    } else {
-                        let mut buffer = zeros;
-                        T::store::<I>(values, &mut buffer);
-                        row[d..].copy_from_slice(&buffer[..count]);
-                    }
+                    store_output::<T, I>(values, &mut row[d..d + count], out.out.passes_caches());
                 }
             }
         }

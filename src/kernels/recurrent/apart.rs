@@ -144,7 +144,8 @@ where
             if let Some(beta) = &self.gradients.beta {
                 beta.row(batch, token, head.index)[0] = T::Acc::from_f64(dot::<T::Acc, I>(d_written, &chunk.extra[at]));
             }
-            store_scaled::<T, I>(d_written, chunk.betas[i], self.gradients.v.row(batch, token, head.index));
+            let values = &self.gradients.v;
+            store_scaled::<T, I>(d_written, chunk.betas[i], values.row(batch, token, head.index), values.passes_caches());
             if let Some(gates) = &self.gradients.gates {
                 let row = gates.row(batch, token, head.index);
                 let at = if by_channel { i * stride } else { i };

@@ -266,7 +266,6 @@ where
     let Size { width, stride, .. } = head.size;
     for i in 0..head.count {
         let (batch, token) = (head.sequence.batch, head.sequence.first + head.first + i);
-        let row = into.row(batch, token, from.head);
-        from.write_gradient::<I>((batch, token), &found[i * stride..][..width], row);
+        from.write_gradient::<I>((batch, token), &found[i * stride..][..width], into);
     }
 }

@@ -269,7 +269,8 @@ where
     pub fn store_rows<I: Isa>(&self, rows: &[T::Acc], into: &RowWriter<'_, T>) {
         for i in 0..self.count {
             let row = into.row(self.sequence.batch, self.sequence.first + self.first + i, self.index);
-            store_scaled::<T, I>(&rows[i * self.stride_v..][..self.width_v], T::Acc::from_f64(1.0), row);
+            let one = T::Acc::from_f64(1.0);
+            store_scaled::<T, I>(&rows[i * self.stride_v..][..self.width_v], one, row, into.passes_caches());
         }
     }
 

@@ -3,7 +3,8 @@
 use super::{RecurrentArgs, Sequence};
 use crate::dtype::{Element, Float};
 use crate::math::elementwise::{scale, sum_of_lanes};
-use crate::math::load::{MAX_LANES, load_padded, load_row, store_padded, store_scaled};
+use crate::math::load::{MAX_LANES, load_padded, load_row, store_output, store_scaled};
+use crate::parallel::RowWriter;
 use crate::simd::{Isa, SimdElement, Vector, VectorKernel, Wide, prefetch};
 use crate::tensor::Tensor;
 
@@ -147,12 +148,13 @@ impl<'a, T: Element> RecurrentArgs<'a, T> {
 impl<T: SimdElement> HeadRows<'_, T> {
     /// Writes the gradient of a row from that of what [`HeadRows::read`] makes of it.
     #[inline(always)]
-    pub fn write_gradient<I: Isa>(&self, (batch, token): (usize, usize), found: &[T::Acc], into: &mut [T])
+    pub fn write_gradient<I: Isa>(&self, (batch, token): (usize, usize), found: &[T::Acc], into: &RowWriter<'_, T>)
     where
         T::Acc: Wide,
     {
+        let (into, past_caches) = (into.row(batch, token, self.head), into.passes_caches());
         if !self.l2norm {
-            store_scaled::<T, I>(found, T::Acc::from_f64(self.factor), into);
+            store_scaled::<T, I>(found, T::Acc::from_f64(self.factor), into, past_caches);
             return;
         }
         let (row, lanes) = (self.tensor.row(batch, token, self.head), T::V::<I>::LANES);
@@ -169,7 +171,7 @@ impl<T: SimdElement> HeadRows<'_, T> {
         for d in (0..row.len()).step_by(lanes) {
             let x = load_padded::<T, I>(&row[d..]).mul(to_unit);
             let across = x.mul_add(along, T::V::<I>::load(&found[d..]));
-            store_padded::<T, I>(across.mul(factor), &mut into[d..]);
+            store_output::<T, I>(across.mul(factor), &mut into[d..], past_caches);
         }
     }
 }

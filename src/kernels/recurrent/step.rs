@@ -102,7 +102,7 @@ fn tokens<T: SimdElement, I: Isa>(
                     _ => columns::<T, I, 1>(args, token, first, state, sums),
                 };
         }
-        store_scaled::<T, I>(sums, T::Acc::from_f64(1.0), out.out.row(sequence.batch, at, head));
+        store_scaled::<T, I>(sums, T::Acc::from_f64(1.0), out.out.row(sequence.batch, at, head), false);
     }
 }
 

@@ -298,7 +298,7 @@ impl<T: SimdElement> Backward<'_, T> {
                 let (batch, token) = place((j + ROWS_AHEAD).min(chunk.positions.len() - 1));
                 writer.prefetch(batch, token, kv_head);
                 let (batch, token) = place(j);
-                store_scaled::<T, I>(sums, factor, writer.row(batch, token, kv_head));
+                store_scaled::<T, I>(sums, factor, writer.row(batch, token, kv_head), writer.passes_caches());
             }
         }
     }
