@@ -149,7 +149,7 @@ pub fn is_zero<T: SimdElement, I: Isa>(v: T::V<I>) -> bool {
 mod tests {
     use super::*;
     use crate::simd::{Level, Task};
-    use half::bf16;
+    use half::{bf16, f16};
     use std::sync::Mutex;
 
     /// Of each offset from an aligned address and each length: what was written, and what surrounds it.
@@ -198,5 +198,6 @@ mod tests {
         check::<f32>();
         check::<f64>();
         check::<bf16>();
+        check::<f16>();
     }
 }

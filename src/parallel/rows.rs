@@ -81,10 +81,10 @@ impl<'a, T> RowWriter<'a, T> {
         start.addr().is_multiple_of(LINE) && strides.iter().all(|stride| (stride * size_of::<T>()).is_multiple_of(LINE))
     }
 
-    /// Whether rows had better be written past the caches, see [`crate::simd::SimdElement::store_past_caches`]: there are many, each begins
-    /// with a cache line, and nothing is rounded to half of a line.
+    /// Whether rows had better be written past the caches, see [`crate::simd::SimdElement::store_past_caches`]: there are many, and each
+    /// begins with a cache line.
     pub fn passes_caches(&self) -> bool {
-        self.passes_caches && size_of::<T>() >= size_of::<f32>()
+        self.passes_caches
     }
 
     #[cfg(debug_assertions)]
@@ -245,8 +245,6 @@ mod tests {
         assert!(!of(&mut data[first..], lines - 1, 16, 16), "too few");
         assert!(!of(&mut data[first + 1..], lines, 16, 16), "rows begin within lines");
         assert!(!of(&mut data[first..], lines / 2, 32, 33), "so do later rows");
-        let halves: &mut [u16] = bytemuck::cast_slice_mut(&mut data[first..]);
-        assert!(!RowWriter::new(halves, [1, lines, 1, 32], [lines * 32, 32, 32]).passes_caches(), "rounded");
         let blocks =
             |data: &mut [f32], width| RowWriter::blocks(data, [1, lines / 4, 64], [lines * 16, 64], width).passes_caches();
         assert!(blocks(&mut data[first..], 32));

@@ -159,16 +159,16 @@ impl Isa for Amx {
         Avx512Bf16::load_f16(src)
     }
     #[inline(always)]
-    fn store_f16(v: F32x16, dst: &mut [f16]) {
-        Avx512Bf16::store_f16(v, dst);
+    fn store_f16(v: F32x16, dst: &mut [f16], past_caches: bool) {
+        Avx512Bf16::store_f16(v, dst, past_caches);
     }
     #[inline(always)]
     fn load_bf16(src: &[bf16]) -> F32x16 {
         Avx512Bf16::load_bf16(src)
     }
     #[inline(always)]
-    fn store_bf16(v: F32x16, dst: &mut [bf16]) {
-        Avx512Bf16::store_bf16(v, dst);
+    fn store_bf16(v: F32x16, dst: &mut [bf16], past_caches: bool) {
+        Avx512Bf16::store_bf16(v, dst, past_caches);
     }
     #[inline(always)]
     fn call<R: Routine>(routine: R) -> R::Output {

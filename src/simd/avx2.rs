@@ -249,6 +249,13 @@ impl Vector for F64x4 {
     }
 }
 
+/// Writes what was rounded, past the caches if asked for.
+#[inline(always)]
+fn store_halves<T: bytemuck::Pod>(bits: __m128i, dst: &mut [T], past_caches: bool) {
+    let dst: *mut __m128i = bytemuck::cast_slice_mut::<T, u16>(&mut dst[..F32x8::LANES]).as_mut_ptr().cast();
+    if past_caches && dst.is_aligned() { unsafe { _mm_stream_si128(dst, bits) } } else { unsafe { _mm_storeu_si128(dst, bits) } }
+}
+
 impl Isa for Avx2 {
     const LEVEL: Level = Level::Avx2;
     const REGISTERS: usize = 16;
@@ -262,9 +269,8 @@ impl Isa for Avx2 {
         F32x8(unsafe { _mm256_cvtph_ps(_mm_loadu_si128(src.as_ptr().cast())) })
     }
     #[inline(always)]
-    fn store_f16(v: F32x8, dst: &mut [f16]) {
-        let dst = &mut dst[..F32x8::LANES];
-        unsafe { _mm_storeu_si128(dst.as_mut_ptr().cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v.0)) }
+    fn store_f16(v: F32x8, dst: &mut [f16], past_caches: bool) {
+        store_halves(unsafe { _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v.0) }, dst, past_caches);
     }
     #[inline(always)]
     fn load_bf16(src: &[bf16]) -> F32x8 {
@@ -275,8 +281,7 @@ impl Isa for Avx2 {
         }
     }
     #[inline(always)]
-    fn store_bf16(v: F32x8, dst: &mut [bf16]) {
-        let dst = &mut dst[..F32x8::LANES];
+    fn store_bf16(v: F32x8, dst: &mut [bf16], past_caches: bool) {
         unsafe {
             let bits = _mm256_castps_si256(v.0);
             let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
@@ -287,7 +292,7 @@ impl Isa for Avx2 {
             let high = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, is_nan));
             let packed = _mm256_packus_epi32(high, high);
             let low_half = _mm256_permute4x64_epi64::<0b1000>(packed);
-            _mm_storeu_si128(dst.as_mut_ptr().cast(), _mm256_castsi256_si128(low_half));
+            store_halves(_mm256_castsi256_si128(low_half), dst, past_caches);
         }
     }
     #[inline(always)]

@@ -295,10 +295,20 @@ fn load_f16(src: &[f16]) -> F32x16 {
     F32x16(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(src.as_ptr().cast())) })
 }
 
+/// Writes what was rounded, past the caches if asked for.
 #[inline(always)]
-fn store_f16(v: F32x16, dst: &mut [f16]) {
-    let dst = &mut dst[..F32x16::LANES];
-    unsafe { _mm256_storeu_si256(dst.as_mut_ptr().cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v.0)) }
+fn store_halves<T: bytemuck::Pod>(bits: __m256i, dst: &mut [T], past_caches: bool) {
+    let dst: *mut __m256i = bytemuck::cast_slice_mut::<T, u16>(&mut dst[..F32x16::LANES]).as_mut_ptr().cast();
+    if past_caches && dst.is_aligned() {
+        unsafe { _mm256_stream_si256(dst, bits) }
+    } else {
+        unsafe { _mm256_storeu_si256(dst, bits) }
+    }
+}
+
+#[inline(always)]
+fn store_f16(v: F32x16, dst: &mut [f16], past_caches: bool) {
+    store_halves(unsafe { _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v.0) }, dst, past_caches);
 }
 
 /// The bits of `LANES` elements, zero-extended to 32.
@@ -328,9 +338,8 @@ fn round_bf16(v: F32x16) -> __m512i {
 }
 
 #[inline(always)]
-fn store_bf16(v: F32x16, dst: &mut [bf16]) {
-    let dst = &mut dst[..F32x16::LANES];
-    unsafe { _mm256_storeu_si256(dst.as_mut_ptr().cast(), _mm512_cvtepi32_epi16(round_bf16(v))) }
+fn store_bf16(v: F32x16, dst: &mut [bf16], past_caches: bool) {
+    store_halves(unsafe { _mm512_cvtepi32_epi16(round_bf16(v)) }, dst, past_caches);
 }
 
 impl Isa for Avx512 {
@@ -345,16 +354,16 @@ impl Isa for Avx512 {
         load_f16(src)
     }
     #[inline(always)]
-    fn store_f16(v: F32x16, dst: &mut [f16]) {
-        store_f16(v, dst);
+    fn store_f16(v: F32x16, dst: &mut [f16], past_caches: bool) {
+        store_f16(v, dst, past_caches);
     }
     #[inline(always)]
     fn load_bf16(src: &[bf16]) -> F32x16 {
         load_bf16(src)
     }
     #[inline(always)]
-    fn store_bf16(v: F32x16, dst: &mut [bf16]) {
-        store_bf16(v, dst);
+    fn store_bf16(v: F32x16, dst: &mut [bf16], past_caches: bool) {
+        store_bf16(v, dst, past_caches);
     }
     #[inline(always)]
     fn call<R: Routine>(routine: R) -> R::Output {
@@ -380,8 +389,8 @@ impl Isa for Avx512Bf16 {
         load_f16(src)
     }
     #[inline(always)]
-    fn store_f16(v: F32x16, dst: &mut [f16]) {
-        store_f16(v, dst);
+    fn store_f16(v: F32x16, dst: &mut [f16], past_caches: bool) {
+        store_f16(v, dst, past_caches);
     }
     #[inline(always)]
     fn load_bf16(src: &[bf16]) -> F32x16 {
@@ -389,8 +398,8 @@ impl Isa for Avx512Bf16 {
     }
     // Not `vcvtneps2bf16`, which flushes denormals: outputs round as they do at every other level.
     #[inline(always)]
-    fn store_bf16(v: F32x16, dst: &mut [bf16]) {
-        store_bf16(v, dst);
+    fn store_bf16(v: F32x16, dst: &mut [bf16], past_caches: bool) {
+        store_bf16(v, dst, past_caches);
     }
     #[inline(always)]
     fn call<R: Routine>(routine: R) -> R::Output {

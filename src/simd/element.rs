@@ -19,11 +19,8 @@ pub trait SimdElement: Element {
     fn load<I: Isa>(src: &[Self]) -> Self::V<I>;
     /// Rounds into the first `LANES` elements.
     fn store<I: Isa>(v: Self::V<I>, dst: &mut [Self]);
-    /// As [`SimdElement::store`], past the caches if nothing is rounded; see [`Vector::store_past_caches`].
-    #[inline(always)]
-    fn store_past_caches<I: Isa>(v: Self::V<I>, dst: &mut [Self]) {
-        Self::store::<I>(v, dst);
-    }
+    /// As [`SimdElement::store`], see [`Vector::store_past_caches`].
+    fn store_past_caches<I: Isa>(v: Self::V<I>, dst: &mut [Self]);
 }
 
 /// A type that is its own accumulator.
@@ -102,7 +99,11 @@ impl SimdElement for f16 {
     }
     #[inline(always)]
     fn store<I: Isa>(v: I::F32, dst: &mut [f16]) {
-        I::store_f16(v, dst);
+        I::store_f16(v, dst, false);
+    }
+    #[inline(always)]
+    fn store_past_caches<I: Isa>(v: I::F32, dst: &mut [f16]) {
+        I::store_f16(v, dst, true);
     }
 }
 
@@ -116,6 +117,10 @@ impl SimdElement for bf16 {
     }
     #[inline(always)]
     fn store<I: Isa>(v: I::F32, dst: &mut [bf16]) {
-        I::store_bf16(v, dst);
+        I::store_bf16(v, dst, false);
+    }
+    #[inline(always)]
+    fn store_past_caches<I: Isa>(v: I::F32, dst: &mut [bf16]) {
+        I::store_bf16(v, dst, true);
     }
 }

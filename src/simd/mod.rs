@@ -94,12 +94,12 @@ pub trait Isa: Copy + Send + Sync + 'static {
 
     /// Widens the first `F32::LANES` elements.
     fn load_f16(src: &[f16]) -> Self::F32;
-    /// Rounds to nearest even into the first `F32::LANES` elements.
-    fn store_f16(v: Self::F32, dst: &mut [f16]);
+    /// Rounds to nearest even into the first `F32::LANES` elements; past the caches if asked for, as [`Vector::store_past_caches`].
+    fn store_f16(v: Self::F32, dst: &mut [f16], past_caches: bool);
     /// Widens the first `F32::LANES` elements.
     fn load_bf16(src: &[bf16]) -> Self::F32;
-    /// Rounds to nearest even into the first `F32::LANES` elements.
-    fn store_bf16(v: Self::F32, dst: &mut [bf16]);
+    /// As [`Isa::store_f16`].
+    fn store_bf16(v: Self::F32, dst: &mut [bf16], past_caches: bool);
     /// Calls a routine, compiled for this instruction set.
     fn call<R: Routine>(routine: R) -> R::Output;
     /// `sums[i][n] = sum over k of a[i][k] . b[k][n]` for `16 * M` rows and `16 * N` columns, `M` and `N` 1 or 2; each row of the sums

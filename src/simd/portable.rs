@@ -183,7 +183,7 @@ impl Isa for Portable {
         Lanes(std::array::from_fn(|i| src[i].to_acc()))
     }
     #[inline(always)]
-    fn store_f16(v: Self::F32, dst: &mut [f16]) {
+    fn store_f16(v: Self::F32, dst: &mut [f16], _past_caches: bool) {
         dst[..LANES].copy_from_slice(&v.0.map(f16::from_acc));
     }
     #[inline(always)]
@@ -191,7 +191,7 @@ impl Isa for Portable {
         Lanes(std::array::from_fn(|i| src[i].to_acc()))
     }
     #[inline(always)]
-    fn store_bf16(v: Self::F32, dst: &mut [bf16]) {
+    fn store_bf16(v: Self::F32, dst: &mut [bf16], _past_caches: bool) {
         dst[..LANES].copy_from_slice(&v.0.map(bf16::from_acc));
     }
     #[inline(never)]
