@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rust test-debug test-python test-slow zoo lint fmt bench fuzz valgrind clean
+.PHONY: help demo test test-rust test-debug test-python test-slow zoo lint lint-rust lint-python fmt bench fuzz valgrind clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -75,11 +75,16 @@ test-slow: install-dev install-weights ## what takes minutes: real weights, long
 zoo: install-dev ## run every model of transformers that can be built tiny, and write docs/hf_support.md
 	$(BIN)/python -m tests.python.hf.zoo
 
-lint: install-dev ## formatting, clippy, ruff, types, layers
+lint: lint-rust lint-python ## formatting, clippy, ruff, types, layers
+
+# Beside `install-dev` where jobs run in parallel (`make -j2`): a release build keeps one processor busy.
+lint-rust: $(BIN)/maturin
 	cargo fmt --check
 	cargo clippy --quiet --all-targets -- -D warnings
 	PYO3_PYTHON=$(CURDIR)/$(BIN)/python cargo clippy --quiet --features python -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps
+
+lint-python: install-dev
 	$(BIN)/ruff format --check python tests examples
 	$(BIN)/ruff check python tests examples
 	$(BIN)/mypy

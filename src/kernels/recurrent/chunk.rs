@@ -69,9 +69,7 @@ fn of_rows<T: SimdElement, I: Isa>(
     T::Acc: Wide,
 {
     head.load_rows::<I>(work);
-    for rows in [Some(&out.out), out.kept.as_ref()].into_iter().flatten() {
-        head.prefetch(rows, head.index);
-    }
+    head.prefetch_results(out);
     head.fade::<I>(work, true);
     head.solve::<I>(state, work);
     if let Some(kept) = &out.kept {

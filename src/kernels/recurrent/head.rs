@@ -2,7 +2,7 @@
 
 use super::pairs::{ChannelScratch, Fade, Gates, Left, Right, Size};
 use super::rows::HeadRows;
-use super::{Decay, PerStep, RecurrentArgs, Rule, Sequence};
+use super::{Decay, PerStep, RecurrentArgs, RecurrentOut, Rule, Sequence};
 use crate::dtype::Float;
 use crate::math::elementwise::{are_finite, multiply, scale, subtract_and_scale};
 use crate::math::load::{MAX_LANES, store_scaled};
@@ -279,6 +279,14 @@ where
     pub fn prefetch<E>(&self, results: &RowWriter<'_, E>, head: usize) {
         for i in 0..self.count {
             results.prefetch(self.sequence.batch, self.sequence.first + self.first + i, head);
+        }
+    }
+
+    /// As [`Head::prefetch`], of the forward.
+    #[inline(always)]
+    pub fn prefetch_results(&self, out: &RecurrentOut<'_, T>) {
+        for rows in [Some(&out.out), out.kept.as_ref()].into_iter().flatten() {
+            self.prefetch(rows, self.index);
         }
     }
 

@@ -125,9 +125,7 @@ pub fn run<T: SimdElement, I: Isa>(
     let fades = head.step_gates(&mut sums);
     let tiled = Tiled { head, gates: fades.then_some(&sums), reads: matches!(head.args.rule, Rule::Delta(_)) };
     let weights = tiled.load_readers::<I>(work);
-    for rows in [Some(&out.out), out.kept.as_ref()].into_iter().flatten() {
-        head.prefetch(rows, head.index);
-    }
+    head.prefetch_results(out);
     // Tiles wait for what vectors have just stored, and vectors for tiles: neither follows the other at once where that can be helped.
     tiled.pair_keys::<I>(work);
     tiled.pack::<I>(state, head.size.width, work.state.each_mut().map(|part| &mut **part));

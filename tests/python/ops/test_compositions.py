@@ -39,7 +39,7 @@ class Call:
 def normal(seed, dtype, *shape):
     """The same standard normal array for the same arguments."""
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(kind)
+    return np.random.default_rng([*np.atleast_1d(seed), *shape]).standard_normal(shape).astype(kind)
 
 
 def simple_masks(batch, queries, keys):
