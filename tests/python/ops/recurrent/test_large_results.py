@@ -82,3 +82,17 @@ def test_bits_do_not_depend_on_threads(threads, keep_num_threads):
     expected = with_gradients(function, arrays)
     subquad.set_num_threads(threads)
     assert all(torch.equal(*pair) for pair in zip(with_gradients(function, arrays), expected, strict=True))
+
+
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+def test_memory_that_is_new_to_the_process(library):
+    """Of 32 MiB and more, in no whole number of pages."""
+    channels, tokens = 1023, 8219
+    x, weight = draw(torch.float32, 1, channels, tokens), draw(torch.float32, channels, 4, seed=1)
+    if library == "numpy":
+        x, weight = x.numpy(), weight.numpy()
+    whole = ops.causal_conv1d_fn(x, weight)
+    assert whole.nbytes >= 32 << 20
+    for part in (slice(0, 500), slice(500, None)):
+        alone = ops.causal_conv1d_fn(x[:, part], weight[part])
+        np.testing.assert_array_equal(np.asarray(whole[:, part]), np.asarray(alone))
