@@ -1,7 +1,8 @@
 //! `causal_conv1d` and its gradients.
 
-use super::array::{Array, ElementType, Layout};
-use super::attention::{check_memory, dispatch_dtype, lse_dtype};
+use super::array::{Array, Layout};
+use super::attention::{check_memory, dispatch_dtype};
+use super::named::numbers_of;
 use super::varlen::starts;
 use super::{enter, integers, result, runtime};
 use crate::dtype::{DType, Element};
@@ -22,34 +23,10 @@ const MAX_WIDTH: usize = 1024;
 /// Most rows of a batch that are told apart where arrays have no elements.
 const MAX_SEQUENCES: usize = 1 << 24;
 
-/// An array of exactly that shape, of the dtype of `like` or of its accumulators.
-///
-/// # Errors
-/// Those of the import, [`Error::Kind`], [`Error::Shape`] and [`Error::DType`].
-pub fn beside<'py>(
-    arg: &'static str,
-    object: &Bound<'py, PyAny>,
-    like: &Array<'py>,
-    shape: &[usize],
-    layout: Layout,
-) -> PyResult<Array<'py>> {
-    let array = Array::import(arg, object, layout)?;
-    like.check_kind(&array)?;
-    if array.shape() != shape {
-        return Err(Error::Shape { arg, expected: shape_text(shape), got: shape_text(array.shape()) }.into());
-    }
-    let (own, acc) = (like.float()?, lse_dtype(like.float()?));
-    if ![own, acc].map(ElementType::Float).contains(&array.element) {
-        let expected = if own == acc { own.to_string() } else { format!("{own} or {acc}") };
-        return Err(Error::DType { arg, expected, got: array.element.to_string() }.into());
-    }
-    Ok(array)
-}
-
 /// Filters, `[D, W]`, and biases, `[D]`, that go with inputs of so many channels.
 ///
 /// # Errors
-/// Those of [`beside`], and [`Error::Unsupported`] for wide filters.
+/// Those of [`numbers_of`], and [`Error::Unsupported`] for wide filters.
 pub fn filters<'py>(
     x: &Array<'py>,
     channels: usize,
@@ -65,8 +42,8 @@ pub fn filters<'py>(
         let instead = format!("filters of 1 to {MAX_WIDTH} taps are");
         return Err(Error::Unsupported { what: format!("weight: a filter of {width} taps"), instead }.into());
     }
-    let weight = beside("weight", weight, x, &[channels, width], Layout::Any)?;
-    let bias = bias.map(|bias| beside("bias", bias, x, &[channels], Layout::Any)).transpose()?;
+    let weight = numbers_of("weight", weight, x, &[channels, width], Layout::Any)?;
+    let bias = bias.map(|bias| numbers_of("bias", bias, x, &[channels], Layout::Any)).transpose()?;
     Ok((weight, bias, width))
 }
 
@@ -145,7 +122,7 @@ impl<'py> Call<'py> {
         let residual = option(options, "residual")?.map(|residual| same_as_x("residual", &residual, &x)).transpose()?;
         let initial = option(options, "initial_state")?;
         let initial = initial
-            .map(|initial| beside("initial_state", &initial, &x, &[states, channels, state_len], Layout::Any))
+            .map(|initial| numbers_of("initial_state", &initial, &x, &[states, channels, state_len], Layout::Any))
             .transpose()?;
         Ok(Self { shape, order, x, weight, bias, residual, initial, silu: flag("silu")?, runs, states })
     }
@@ -357,7 +334,7 @@ pub fn causal_conv1d_backward<'py>(
     let dtype = call.x.float()?;
     let d_out = same_as_x("d_out", d_out, &call.x)?;
     let d_last =
-        d_final_state.map(|object| beside("d_final_state", object, &call.x, &call.state_shape(), Layout::Any)).transpose()?;
+        d_final_state.map(|object| numbers_of("d_final_state", object, &call.x, &call.state_shape(), Layout::Any)).transpose()?;
     let like = |arg, array: &Array<'py>| result::empty(arg, &call.x, array.shape(), array.float()?);
     let found = Found {
         x: like("dx", &call.x)?,

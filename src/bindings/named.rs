@@ -1,4 +1,4 @@
-//! Arrays of numbers beside the inputs of the recurrent engine, by name.
+//! Arrays of numbers beside the inputs of recurrent operators and convolutions.
 
 use super::array::{Array, ElementType, Layout};
 use super::attention::lse_dtype;
@@ -9,7 +9,7 @@ use crate::tensor::shape_text;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-/// Arrays beside queries, keys and values, by name.
+/// What is given beside the inputs, by name.
 pub struct Named<'a, 'py>(pub &'a Bound<'py, PyDict>);
 
 impl<'py> Named<'_, 'py> {

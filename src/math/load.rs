@@ -99,14 +99,10 @@ pub fn store_output<T: SimdElement, I: Isa>(v: T::V<I>, out: &mut [T], past_cach
 pub fn store_scaled<T: SimdElement, I: Isa>(sums: &[T::Acc], factor: T::Acc, out: &mut [T], past_caches: bool) {
     let lanes = T::V::<I>::LANES;
     let factor = T::V::<I>::splat(factor);
-    let whole = out.len() & !(lanes - 1);
     let mut d = 0;
-    while d < whole {
+    while d < out.len() {
         store_output::<T, I>(T::V::<I>::load(&sums[d..]).mul(factor), &mut out[d..], past_caches);
         d += lanes;
-    }
-    if whole < out.len() {
-        store_padded::<T, I>(T::V::<I>::load(&sums[whole..]).mul(factor), &mut out[whole..]);
     }
 }
 

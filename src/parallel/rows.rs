@@ -1,6 +1,6 @@
 //! Outputs that tasks share: each row is written by one of them.
 
-use crate::simd::{LINE, prefetch_lines_to_write};
+use crate::simd::{LINE, begins_a_line, prefetch_lines_to_write};
 use std::marker::PhantomData;
 #[cfg(debug_assertions)]
 use std::sync::atomic::Ordering;
@@ -36,16 +36,14 @@ impl<'a, T> RowWriter<'a, T> {
     pub fn new(data: &'a mut [T], shape: [usize; 4], strides: [usize; 3]) -> Self {
         let [b, s, h] = strides;
         assert!(rows_are_disjoint(shape, strides), "rows overlap");
-        assert!(
-            crate::tensor::extent("out", &shape, &[b, s, h, 1]).is_ok_and(|needed| needed <= data.len()),
-            "rows reach beyond the data"
-        );
+        let needed = crate::tensor::extent("out", &shape, &[b, s, h, 1]).ok().filter(|&needed| needed <= data.len());
+        let bytes = needed.expect("rows reach beyond the data") * size_of::<T>();
         Self {
             start: data.as_mut_ptr(),
             shape,
             strides,
             last_width: shape[3],
-            passes_caches: Self::is_large(shape) && Self::is_in_lines(data.as_ptr(), strides),
+            passes_caches: bytes >= LARGE && begins_a_line(data) && strides.into_iter().all(Self::is_in_lines),
             #[cfg(debug_assertions)]
             given: Self::not_given(shape),
             memory: PhantomData,
@@ -61,11 +59,10 @@ impl<'a, T> RowWriter<'a, T> {
         let whole = Self::new(data, [batch, seqlen, 1, channels], [strides[0], strides[1], 0]);
         let count = channels.div_ceil(width);
         let shape = [batch, seqlen, count, width];
-        let strides = [strides[0], strides[1], width];
         Self {
             shape,
-            strides,
-            passes_caches: whole.passes_caches && Self::is_in_lines(whole.start, strides),
+            strides: [strides[0], strides[1], width],
+            passes_caches: whole.passes_caches && Self::is_in_lines(width),
             last_width: channels - count.saturating_sub(1) * width,
             #[cfg(debug_assertions)]
             given: Self::not_given(shape),
@@ -73,12 +70,9 @@ impl<'a, T> RowWriter<'a, T> {
         }
     }
 
-    fn is_large(shape: [usize; 4]) -> bool {
-        shape.iter().product::<usize>() * size_of::<T>() >= LARGE
-    }
-
-    fn is_in_lines(start: *const T, strides: [usize; 3]) -> bool {
-        start.addr().is_multiple_of(LINE) && strides.iter().all(|stride| (stride * size_of::<T>()).is_multiple_of(LINE))
+    /// Whether a distance of so many elements is one of whole cache lines.
+    fn is_in_lines(stride: usize) -> bool {
+        stride.is_multiple_of(LINE / size_of::<T>())
     }
 
     /// Whether rows had better be written past the caches, see [`crate::simd::SimdElement::store_past_caches`]: there are many, and each
